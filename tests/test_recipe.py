@@ -1,0 +1,76 @@
+"""Recipes: what is left out is derived, what is misspelt is named, what is written is read back equal."""
+
+from pathlib import Path
+
+import pytest
+
+from unmask import recipe
+from unmask.errors import UserError
+
+
+def test_every_shipped_recipe_is_valid_and_survives_writing_and_reading(tmp_path: Path) -> None:
+    for name in recipe.names():
+        resolved = recipe.resolve(recipe.load(name))
+        (tmp_path / "again.toml").write_text(recipe.dumps(resolved), "utf-8")
+        assert recipe.load(tmp_path / "again.toml") == resolved
+
+
+def test_a_resolved_recipe_has_no_amount_or_rate_left_open() -> None:
+    resolved = recipe.resolve(recipe.load("tiny", ["depth=9"]))
+    for section in (resolved.pretrain, resolved.sft, resolved.reward):
+        assert section.tokens and section.lr is not None and section.matrix_lr is not None
+    assert resolved.rl.tokens and resolved.rl.lr is not None and resolved.rl.critic_lr is not None
+
+
+def test_resolving_twice_changes_nothing() -> None:
+    once = recipe.resolve(recipe.load("tiny"))
+    assert recipe.resolve(once) == once
+
+
+def test_depth_alone_widens_the_model_and_lowers_the_learning_rate() -> None:
+    assert [recipe.width_of(depth) for depth in (1, 6, 12, 24)] == [64, 256, 512, 1024]
+    small, large = (recipe.resolve(recipe.load("tiny", [f"depth={d}"])) for d in (6, 12))
+    assert small.pretrain.lr is not None and large.pretrain.lr is not None
+    assert large.pretrain.lr == pytest.approx(small.pretrain.lr / 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sft.token=5", "unknown key 'sft.token'. Did you mean 'tokens'?"),
+        ("dept=5", "unknown key 'dept'. Did you mean 'depth'?"),
+        ("sft.tokens=-5", "sft.tokens"),
+        ("depth='six'", "depth"),
+        ("nonsense", "--set 'nonsense' is not of the form"),
+        ("name=../../etc", "name"),
+    ],
+)
+def test_a_bad_override_is_named_with_what_to_do(override: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        recipe.load("tiny", [override])
+    assert said in str(caught.value)
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="Did you mean 'tiny'"):
+        recipe.load("tinny")
+
+
+def test_broken_toml_and_unreadable_files_are_user_errors(tmp_path: Path) -> None:
+    (tmp_path / "broken.toml").write_text("name = ", "utf-8")
+    with pytest.raises(UserError, match=r"broken\.toml is not valid TOML"):
+        recipe.load(tmp_path / "broken.toml")
+    with pytest.raises(UserError, match="cannot read the recipe"):
+        recipe.load(tmp_path / "absent.toml")
+
+
+def test_facts_as_a_source_need_their_section() -> None:
+    data = recipe.load("tiny").model_dump(mode="json") | {"facts": None}
+    with pytest.raises(UserError, match=r"no \[facts\] section"):
+        recipe.validate(data, "here")
+
+
+def test_difference_names_the_first_key_that_differs() -> None:
+    old, new = ({"sft": {"tokens": tokens, "lr": 1}} for tokens in (5, 6))
+    assert recipe.difference(old, new) == "sft.tokens was 5 and is now 6"
+    assert recipe.difference(old, old) is None
