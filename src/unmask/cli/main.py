@@ -1,0 +1,68 @@
+"""The `unmask` command: registers the commands and turns what can go wrong into one sentence and an exit status."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+import unmask
+from unmask.cli import build, inspect, system, talk
+from unmask.errors import Interrupted, UserError
+
+app = typer.Typer(
+    name="unmask",
+    help="Train a language model layer by layer, and see what each layer did.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for command, panel in (
+    (build.run, "Build"),
+    (build.report, "Build"),
+    (inspect.log, "Look"),
+    (inspect.diff, "Look"),
+    (inspect.blame, "Look"),
+    (talk.chat, "Talk"),
+    (system.doctor, "System"),
+):
+    app.command(rich_help_panel=panel)(command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"unmask {unmask.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Exit status: 0 done, 1 the answer is no (a chain that does not hold), 2 bad input, 75 stopped and saved."""
+    try:
+        app()
+    except UserError as error:
+        print(f"unmask: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stopped:
+        print(f"unmask: {stopped}", file=sys.stderr)
+        sys.exit(75)
+    except KeyboardInterrupt:
+        print("unmask: stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
