@@ -1,0 +1,248 @@
+"""One readable decoder: RMSNorm, rotary positions, grouped attention, optional QK-norm, SwiGLU, tied or untied head.
+
+Parameter names are Hugging Face's, so a checkpoint of ours opens in transformers, vLLM and llama.cpp's converter, and theirs
+here. Norms and rotations are computed in float32 whatever the dtype of the weights; the residual stream has the weights' dtype.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unmask.model.attention import attention, cached_mask, packed_mask
+from unmask.model.cache import Cache
+from unmask.model.config import ModelConfig
+from unmask.model.precision import linear
+
+
+class Linear(nn.Module):
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean x² + ε) · w over the last axis, in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """Radians a position for each of the head_dim/2 planes, float32: θ^(−2i/K), slowed by Llama 3's rule if asked.
+
+    Llama 3's rule (as in transformers' `rope_type: llama3`): planes whose wavelength is beyond the original context divided by
+    low_freq_factor turn `factor` times slower, those below the one divided by high_freq_factor stay, between them a blend.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent
+    if config.rope_scaling is None:
+        return frequency
+    rule = config.rope_scaling
+    turns = rule["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    kept = (turns - rule["low_freq_factor"]) / (rule["high_freq_factor"] - rule["low_freq_factor"])
+    kept = kept.clamp(0, 1)
+    return kept * frequency + (1 - kept) * frequency / rule["factor"]
+
+
+def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn plane i, made of coordinates i and i + K/2, by its angle; cos and sin are (B or 1, T, 1, K/2) float32."""
+    a, b = x_BTHK.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_BTHK.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        width, size = config.hidden_size, config.head_dim
+        self.q_proj = Linear(width, config.num_attention_heads * size, config.qkv_bias)
+        self.k_proj = Linear(width, config.num_key_value_heads * size, config.qkv_bias)
+        self.v_proj = Linear(width, config.num_key_value_heads * size, config.qkv_bias)
+        self.o_proj = Linear(config.num_attention_heads * size, width, config.output_bias)
+        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x_BTD: Tensor, where: "Where") -> Tensor:
+        rows, tokens, _ = x_BTD.shape
+        q, k, v = (p(x_BTD).view(rows, tokens, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, where.cos, where.sin), rotate(k, where.cos, where.sin)
+        keys, values = k.transpose(1, 2), v.transpose(1, 2)
+        if where.cache is not None:
+            kept_keys, kept_values = where.cache.write(self.layer, k, v, where.positions_BT, where.reach)
+            if where.reach > tokens:  # else the cache was empty: the tokens at hand are all there is
+                keys, values = kept_keys, kept_values
+        mask = where.masks[self.layer]
+        y = attention(q.transpose(1, 2), keys, values, mask, causal=mask is None and where.causal)
+        return self.o_proj(y.transpose(1, 2).reshape(rows, tokens, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, where: "Where") -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), where)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Where:
+    """Where the tokens of one forward pass stand and what they may see: made once, read by every layer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        frequencies: Tensor,
+        ids_BT: Tensor,
+        positions_BT: Tensor | None,
+        documents_BT: Tensor | None,
+        cache: Cache | None,
+    ) -> None:
+        tokens, device = ids_BT.shape[1], ids_BT.device
+        self.cache, self.reach, self.causal = cache, tokens, True
+        windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
+        masks: dict[int | None, Tensor | None] = {}
+        if cache is not None:
+            assert positions_BT is None and documents_BT is None, "a cache counts its own positions"
+            past = int(cache.lengths_B.max())
+            self.reach = past + tokens
+            assert self.reach <= cache.length, f"cache of {cache.length} positions cannot take {self.reach}"
+            positions_BT = cache.lengths_B[:, None] + torch.arange(tokens, device=device)
+            if past:
+                self.causal = False
+                masks = {window: cached_mask(positions_BT, self.reach, window) for window in set(windows)}
+        if positions_BT is None:
+            positions_BT = torch.arange(tokens, device=device)[None]
+        if self.causal:
+            masks = {window: packed_mask(tokens, window, documents_BT, device) for window in set(windows)}
+        self.positions_BT = positions_BT
+        self.masks = [masks[window] for window in windows]
+        angles = positions_BT[:, :, None, None].to(frequencies.dtype) * frequencies
+        self.cos, self.sin = angles.cos(), angles.sin()
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks and final norm: what a decoder and a scorer share. Called `model` in both."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.frequencies: Tensor | None = None
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        # Not a buffer: `model.to(bfloat16)` would round a buffer's angles.
+        if self.frequencies is None or self.frequencies.device != ids_BT.device:
+            self.frequencies = rotary_frequencies(self.config).to(ids_BT.device)
+        where = Where(self.config, self.frequencies, ids_BT, positions_BT, documents_BT, cache)
+        x = self.embed_tokens(ids_BT)
+        for block in self.layers:
+            x = block(x, where)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """A causal language model. Its weights are undefined until `init_weights` or `weights.load` sets them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """N(0, 0.02); what writes into the residual stream divided by √(2L); norms 1, biases 0."""
+        init_weights(self, self.config.num_hidden_layers, generator)
+
+    @property
+    def head(self) -> Tensor:
+        """The (V, D) matrix that turns hidden states into logits; the embedding itself when tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def hidden(
+        self,
+        ids_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, D) after the final norm.
+
+        `positions_BT` (default 0, 1, …) are rotary positions; tokens attend only within their number in `documents_BT`.
+        With a cache the tokens continue each row at its own length (see Cache).
+        """
+        x: Tensor = self.model(ids_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=cache)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return linear(hidden, self.head)
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) in the weights' dtype; position t scores token t + 1."""
+        return self.logits(self.hidden(ids_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=cache))
+
+
+def init_weights(model: nn.Module, layers: int, generator: torch.Generator) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            parameter.normal_(0.0, 0.02 / math.sqrt(2 * layers) if residual else 0.02, generator=generator)
+        else:
+            parameter.fill_(0.0 if name.endswith(".bias") else 1.0)

@@ -1,0 +1,127 @@
+"""Cross-entropy and log-probabilities of tokens from hidden states, with logits made a chunk at a time, never whole."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unmask.model.precision import emulated, linear
+
+# Rows of a chunk are cut so that its float32 logits take at most 128 MB, however large the vocabulary.
+LOGITS_AT_ONCE = 2**25
+
+
+def chunks(rows: int, vocabulary: int, chunk: int) -> Iterator[slice]:
+    step = max(1, min(chunk, LOGITS_AT_ONCE // vocabulary))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def float_logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """Logits in the dtype of the product, then float32 (float64 stays): a fresh tensor that may be overwritten."""
+    logits = linear(hidden, head)
+    return logits if logits.dtype is torch.float64 else logits.float()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, through float32 where the processor has no bfloat16 instructions."""
+    return (a.float() @ b.float()).to(a.dtype) if emulated(a) else a @ b
+
+
+class CrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor | None, chunk: int
+    ) -> Tensor:
+        wide = torch.float64 if hidden_ND.dtype is torch.float64 else torch.float32
+        need_hidden, need_head = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden_ND) if need_hidden else None
+        d_head = torch.zeros_like(head_VD, dtype=wide) if need_head else None
+        total = torch.zeros((), dtype=wide, device=hidden_ND.device)
+        for rows in chunks(hidden_ND.shape[0], head_VD.shape[0], chunk):
+            hidden, targets = hidden_ND[rows], targets_N[rows, None]
+            logits = float_logits(hidden, head_VD)
+            top = logits.logsumexp(-1, keepdim=True)
+            losses = top - logits.gather(1, targets)
+            weights = None if weights_N is None else weights_N[rows, None].to(wide)
+            total += (losses if weights is None else losses * weights).sum()
+            if d_hidden is None and d_head is None:
+                continue
+            slope = logits.sub_(top).exp_()  # softmax − one-hot, in place of the logits
+            slope.scatter_add_(1, targets, torch.full_like(losses, -1.0))
+            if weights is not None:
+                slope.mul_(weights)
+            slope = slope.to(hidden.dtype)
+            if d_hidden is not None:
+                d_hidden[rows] = product(slope, head_VD)
+            if d_head is not None:
+                d_head += product(slope.t(), hidden)
+        ctx.save_for_backward(d_hidden, None if d_head is None else d_head.to(head_VD.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        d_hidden, d_head = ctx.saved_tensors
+        return (
+            None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
+            None if d_head is None else d_head * grad.to(d_head.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def cross_entropy_sum(
+    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor | None = None, chunk: int = 1024
+) -> Tensor:
+    """Σ_n w_n · (logsumexp(logits_n) − logits_n[target_n]) in nats: a float32 scalar SUM, to be divided by global counts.
+
+    The gradient is made in forward, chunk by chunk, because the logits are at hand there. `weights_N` (float or bool) says
+    which rows count; rows of weight 0 cost as much as others, so select rows first where most do not count.
+    """
+    loss: Tensor = CrossEntropySum.apply(hidden_ND, head_VD, targets_N, weights_N, chunk)
+    return loss
+
+
+class TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, temperature: float, chunk: int
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_ND, head_VD, targets_N)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        wide = torch.float64 if hidden_ND.dtype is torch.float64 else torch.float32
+        out = torch.empty(hidden_ND.shape[0], dtype=wide, device=hidden_ND.device)
+        for rows in chunks(hidden_ND.shape[0], head_VD.shape[0], chunk):
+            logits = float_logits(hidden_ND[rows], head_VD).div_(temperature)
+            out[rows] = logits.gather(1, targets_N[rows, None])[:, 0] - logits.logsumexp(-1)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        hidden_ND, head_VD, targets_N = ctx.saved_tensors
+        need_hidden, need_head = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden_ND) if need_hidden else None
+        d_head = torch.zeros_like(head_VD, dtype=grad_N.dtype) if need_head else None
+        for rows in chunks(hidden_ND.shape[0], head_VD.shape[0], ctx.chunk):
+            hidden, grad = hidden_ND[rows], grad_N[rows, None] / ctx.temperature
+            logits = float_logits(hidden, head_VD).div_(ctx.temperature)
+            slope = logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_().mul_(-grad)
+            slope = slope.scatter_add_(1, targets_N[rows, None], grad).to(hidden.dtype)
+            if d_hidden is not None:
+                d_hidden[rows] = product(slope, head_VD)
+            if d_head is not None:
+                d_head += product(slope.t(), hidden)
+        return d_hidden, None if d_head is None else d_head.to(head_VD.dtype), None, None, None
+
+
+def token_log_probs(
+    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, temperature: float = 1.0, chunk: int = 1024
+) -> Tensor:
+    """log softmax(logits / temperature)[target], float32 (N,), in nats; logits are made again in backward, not kept."""
+    out: Tensor = TokenLogProbs.apply(hidden_ND, head_VD, targets_N, temperature, chunk)
+    return out
