@@ -1,7 +1,7 @@
 """Files that are whole or absent: hashes, atomic writes, locks, JSON lines.
 
-A reader never sees half a file of ours. What is written goes to a temporary sibling, reaches the disk (fsync), and
-is then renamed. A process that is killed leaves at most a temporary, whose name holds its process id.
+A reader never sees half a file of ours. What is written goes to a temporary sibling, reaches the disk (fsync)
+and is then renamed. A process that is killed leaves at most a temporary, whose name holds its process id.
 """
 
 import fcntl
@@ -41,10 +41,10 @@ def hash_json(obj: Any) -> str:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory that becomes `path` at the end of the block, with all its files safely on disk.
+    """Yield an empty directory that becomes `path` at the end of the block, all its files safely on disk.
 
-    If the block raises, the temporary is removed and `path` stays absent. Raises UserError if `path` exists, or if
-    the system refuses the write (disk full, no permission).
+    If the block raises, the temporary is removed and `path` stays absent. Raises UserError if `path` exists,
+    or if the system refuses the write (disk full, no permission).
     """
     with explained(path):
         _refuse_existing(path)
@@ -63,7 +63,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Put `data` at `path`, replacing what was there; after a crash `path` holds the old content or the new."""
+    """Put `data` at `path`, replacing what was there; after a crash `path` holds the old or the new."""
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary_name(path)
@@ -93,9 +93,9 @@ def sweep_temporaries(directory: Path) -> None:
 
 @contextmanager
 def lock(directory: Path) -> Iterator[None]:
-    """Keep other processes out of `directory` during the block (made if absent; the lock is the file `.lock`).
+    """Keep other processes out of `directory` (made if absent) during the block, by its file `.lock`.
 
-    The system drops the lock when the process ends, however it ends. Raises UserError if another process has it.
+    The system drops the lock when the process ends, however it ends. Raises UserError if another has it.
     """
     with explained(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All objects of a JSON lines file; empty lines are passed over. UserError names the file and the line."""
+    """All objects of a JSON lines file; empty lines are passed over. UserError names file and line."""
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     rows = []
@@ -137,7 +137,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:  # broken JSON and broken UTF-8 alike
-                raise UserError(f"{path}:{number}: not valid JSON ({error}). Mend or remove the line.") from None
+                raise UserError(f"{path}:{number}: not valid JSON ({error}). Mend or remove it.") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}.")
             rows.append(row)
@@ -152,8 +152,8 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         where = error.filename or path
         raise UserError(
-            f"cannot write {path}: {error.strerror or error} ({where}). "
-            "Check free space and permissions, or choose another directory; what was there before is untouched."
+            f"cannot write {path}: {error.strerror or error} ({where}). Check free space and permissions, "
+            "or choose another directory; what was there before is untouched."
         ) from error
 
 

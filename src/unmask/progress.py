@@ -35,8 +35,8 @@ class Progress:
         self._console.print(text)
 
     @contextmanager
-    def bar(self, title: str, total: int, unit: str = "tok", done: int = 0) -> "Iterator[Bar]":
-        """A bar over `total` units, of which `done` were done in an earlier process (they do not count as speed).
+    def bar(self, title: str, total: int, unit: str = "tok", done: int = 0) -> Iterator["Bar"]:
+        """A bar over `total` units; `done` of them were done by an earlier process and do not count as speed.
 
         The bar of an interrupted block stays where it was.
         """
@@ -50,7 +50,7 @@ class Progress:
 
 
 class Bar:
-    """One piece of work under way. On a terminal it draws itself; elsewhere it prints lines as it advances."""
+    """One piece of work under way. On a terminal it draws itself; elsewhere it prints a line now and then."""
 
     def __init__(self, title: str, total: int, unit: str, done: int, console: Console) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, done
