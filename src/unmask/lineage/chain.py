@@ -1,0 +1,177 @@
+"""Who came from whom: follows the ancestry of a checkpoint, verifies it, and loads its layers."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmask.errors import UserError
+from unmask.lineage import record as records
+from unmask.lineage.checkpoint import Checkpoint
+from unmask.lineage.contents import short
+from unmask.lineage.record import Reference
+from unmask.model.decoder import Decoder
+from unmask.model.scorer import Scorer
+from unmask.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A language model of a lineage, loaded: what blame, diff, the dial and chat take."""
+
+    name: str
+    model: Decoder
+    tokenizer: Tokenizer
+    hash: str = ""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A checkpoint and its ancestors, oldest first. `broken` says why the chain ends early, if it does."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    broken: str | None = None
+
+    @staticmethod
+    def open(path: str | Path) -> "Lineage":
+        """Follow the parents as far as they can be found. Raises UserError if `path` is no checkpoint."""
+        chain = [Checkpoint.open(path)]
+        while (record := chain[0].record) is not None and record.parent is not None:
+            found = _follow(chain[0], "parent", record.parent)
+            if isinstance(found, str):
+                return Lineage(tuple(chain), found)
+            if found.path.resolve() in [checkpoint.path.resolve() for checkpoint in chain]:
+                circle = f"{chain[0].name}: its parent {found.path} descends from it. {chain[0].remedy}"
+                return Lineage(tuple(chain), circle)
+            chain.insert(0, found)
+        return Lineage(tuple(chain))
+
+    @property
+    def tip(self) -> Checkpoint:
+        return self.checkpoints[-1]
+
+    @property
+    def layers(self) -> tuple[Checkpoint, ...]:
+        """The language models of the chain: a reward model scores and writes nothing."""
+        return tuple(checkpoint for checkpoint in self.checkpoints if checkpoint.is_language_model)
+
+    def verify(self) -> list[str]:
+        """Everything that does not hold: contents, links, and the further checkpoints that took part."""
+        if self.tip.read is None:
+            return [
+                f"{self.tip.name}: {self.tip.path} has no {records.FILE}, so nothing says what it should "
+                "hold or where it comes from. unmask can read it, not verify it."
+            ]
+        return self._problems(inputs=True)
+
+    def load(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Layer]:
+        """The layers, oldest first, in one vocabulary. Raises UserError if the chain does not hold."""
+        if problems := self._problems(inputs=False):
+            count = len(problems) - 1
+            raise UserError(problems[0] + (f" ({count} more: `unmask log {self.tip.path}`)" if count else ""))
+        return load_layers(self.layers, dtype, device)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One JSON-ready row a checkpoint, oldest first: what `unmask log` prints."""
+        return [_row(checkpoint) for checkpoint in self.checkpoints]
+
+    def _problems(self, *, inputs: bool) -> list[str]:
+        problems: list[str] = []
+        visited: set[Path] = set()
+
+        def visit(checkpoint: Checkpoint) -> None:
+            visited.add(checkpoint.path.resolve())
+            record = checkpoint.record
+            references = {"parent": record.parent} if record and record.parent else {}
+            if record and inputs:
+                references |= record.inputs
+            for role, reference in references.items():
+                found = _follow(checkpoint, role, reference)
+                if isinstance(found, str):
+                    problems.append(found)
+                    continue
+                if found.path.resolve() not in visited:
+                    visit(found)
+                problems.extend(_link_problems(checkpoint, role, reference, found))
+            problems.extend(checkpoint.problems())
+
+        visit(self.tip)
+        if self.broken and self.broken not in problems:  # a circle: each of its links leads somewhere
+            problems.insert(0, self.broken)
+        return problems
+
+
+def load_layers(
+    checkpoints: Sequence[Checkpoint], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> list[Layer]:
+    """Language models that can be compared token by token. Raises UserError unless all share a tokenizer."""
+    layers: list[Layer] = []
+    for checkpoint in checkpoints:
+        model, tokenizer = checkpoint.model(dtype, device), checkpoint.tokenizer()
+        if isinstance(model, Scorer):
+            raise UserError(f"{checkpoint.path} is not a language model: it scores text and writes none.")
+        if layers and tokenizer.hash != layers[0].tokenizer.hash:
+            raise UserError(
+                f"{checkpoint.path} has another tokenizer than {checkpoints[0].path}, so their tokens cannot "
+                "be compared one by one. Compare models of one family."
+            )
+        layers.append(Layer(checkpoint.name, model, tokenizer, checkpoint.hash))
+    return layers
+
+
+def _follow(checkpoint: Checkpoint, role: str, reference: Reference) -> Checkpoint | str:
+    """The checkpoint that a record refers to, or the sentence that says why it cannot be had."""
+    path = Path(os.path.normpath(checkpoint.path.resolve() / reference.path))
+    try:
+        return Checkpoint.open(path)
+    except UserError as error:
+        if path.exists():
+            return f"{checkpoint.name}: its {role} cannot be read. {error}"
+    nearby = sorted(found.parent for found in path.parent.glob(f"*/{records.FILE}"))
+    moved = next((found for found in nearby if _hash_in(found) == reference.hash), None)
+    advice = f"It lies in {moved} now: move it back." if moved else "Put it back there."
+    return (
+        f"{checkpoint.name}: its {role} is missing: {path} does not exist ({reference.path} in the record, "
+        f"hash {short(reference.hash)}). {advice}"
+    )
+
+
+def _hash_in(directory: Path) -> str | None:
+    try:
+        return Checkpoint.open(directory).hash
+    except UserError:
+        return None
+
+
+def _link_problems(checkpoint: Checkpoint, role: str, reference: Reference, found: Checkpoint) -> list[str]:
+    if found.hash == reference.hash:
+        return []
+    return [
+        f"{checkpoint.name}: the {role} in {found.path} is not the one it was made from: hash "
+        f"{short(found.hash)}, recorded {short(reference.hash)}. {checkpoint.remedy}"
+    ]
+
+
+def _row(checkpoint: Checkpoint) -> dict[str, Any]:
+    row = {
+        "name": checkpoint.name,
+        "kind": checkpoint.kind,
+        "path": str(checkpoint.path),
+        "hash": checkpoint.hash,
+    }
+    if (record := checkpoint.record) is None:
+        return row
+    headline = next(iter(record.metrics.items()), None)
+    return row | {
+        "parent_hash": record.parent.hash if record.parent else None,
+        "inputs": {role: reference.hash for role, reference in record.inputs.items()},
+        "data": record.data,
+        "steps": record.steps,
+        "tokens": record.tokens,
+        "seconds": record.seconds,
+        "peak_bytes": record.peak_bytes,
+        "headline": {headline[0]: headline[1]} if headline else {},
+    }
