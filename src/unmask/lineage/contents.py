@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as hashes: of each tensor (not file), the tokenizer, the template and the config."""
+"""What a checkpoint holds, as hashes: of each tensor (not file), tokenizer, template and configuration."""
 
 import json
 from collections.abc import Mapping, Sequence
