@@ -1,7 +1,7 @@
 """One token a row from logits, by inverse CDF: pure functions of the logits and of uniform numbers.
 
-`torch.multinomial` draws V exponentials a row in a serial loop (milliseconds at 64 rows), and what it draws depends
-on the rows beside. One uniform number a row, a cumulative sum and a binary search do neither.
+`torch.multinomial` draws V exponentials a row in a serial loop (milliseconds at 64 rows), and what it draws
+depends on the rows beside. One uniform number a row, a cumulative sum and a binary search do neither.
 """
 
 import math
@@ -17,8 +17,8 @@ from unmask.errors import UserError
 def uniforms(seed: int, stream: int, n: int) -> npt.NDArray[np.float64]:
     """The first n uniform numbers in [0, 1) of a stream: number i is a pure function of (seed, stream, i).
 
-    Philox (Salmon et al. 2011) with (seed, stream) as its key, both modulo 2^64: streams are independent of one
-    another, and numbers do not depend on how many were asked for.
+    Philox (Salmon et al. 2011) with (seed, stream) as its key, both modulo 2^64: streams are independent of
+    one another, and numbers do not depend on how many were asked for.
     """
     key = np.array([seed % 2**64, stream % 2**64], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).random(n)
@@ -41,9 +41,10 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """(ids_B, log_probs_B): one token a row, and its log-probability in nats.
 
-    The log-probabilities are float32 log-softmax of logits / temperature over the full vocabulary, before top-k and
-    top-p: where neither is used, the distribution that was sampled. Temperature 0 takes the likeliest token (the
-    lowest id of equals) whatever the uniform number, and records its log-probability at temperature 1.
+    The log-probabilities are float32 log-softmax of logits / temperature over the full vocabulary, before
+    top-k and top-p: where neither is used, the distribution that was sampled. Temperature 0 takes the
+    likeliest token (the lowest id of equals) whatever the uniform number, and records its log-probability
+    at temperature 1.
     """
     logits_BV = logits_BV.float()
     if temperature == 0:
@@ -67,11 +68,12 @@ def sample(
 
 
 def restrict(log_probs_BV: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """-inf for tokens outside top-k, then for those outside top-p of what top-k left. The rest is not renormalised.
+    """-inf for tokens outside top-k, then for those outside top-p of what is left; not renormalised.
 
-    top-k keeps the k likeliest tokens (0 or ≥ V: all). top-p keeps the smallest set of likeliest tokens with at least
-    this share of the probability, one at least (Holtzman et al. 2020). Tokens as likely as the last one kept are kept
-    too, so that the set does not depend on the order of a sort; transformers does so for top-k only.
+    top-k keeps the k likeliest tokens (0 or ≥ V: all). top-p keeps the smallest set of likeliest tokens
+    with at least this share of the probability, one at least (Holtzman et al. 2020). Tokens as likely as
+    the last one kept are kept too, so that the set does not depend on the order of a sort; transformers
+    does so for top-k only.
     """
     if 0 < top_k < log_probs_BV.shape[-1]:
         last_B1 = log_probs_BV.topk(top_k).values[:, -1:]
