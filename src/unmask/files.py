@@ -56,7 +56,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             _sync_tree(temporary)
             _refuse_existing(path)  # rename() would silently replace an empty directory
             temporary.rename(path)
-            _sync(path.parent)
+            sync(path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -73,7 +73,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            _sync(path.parent)
+            sync(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -150,10 +150,10 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = error.filename or path
+        where = f" ({error.filename})" if error.filename and str(error.filename) != str(path) else ""
         raise UserError(
-            f"cannot write {path}: {error.strerror or error} ({where}). Check free space and permissions, "
-            "or choose another directory; what was there before is untouched."
+            f"cannot write {path}: {error.strerror or error}{where}. Check free space and permissions, or "
+            "choose another directory; what was there before is untouched."
         ) from error
 
 
@@ -166,7 +166,8 @@ def _refuse_existing(path: Path) -> None:
         raise UserError(f"{path} exists already. Remove it, or choose another name.")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when what was written to this file or directory has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -177,8 +178,8 @@ def _sync(path: Path) -> None:
 def _sync_tree(root: Path) -> None:
     for directory, _, names in os.walk(root, topdown=False):
         for name in names:
-            _sync(Path(directory, name))
-        _sync(Path(directory))
+            sync(Path(directory, name))
+        sync(Path(directory))
 
 
 def _alive(pid: int) -> bool:

@@ -89,24 +89,28 @@ class Bar:
         self._printed = (now, self.done)
         self._console.print(Text(f"{self.title}  {self._facts()}"), soft_wrap=True)
 
-    def _facts(self) -> str:
+    def _facts(self, width: int | None = None) -> str:
+        """Share, rate, numbers, time left (when done: taken); numbers that exceed `width` are left out."""
         share = min(1.0, self.done / self.total) if self.total else 1.0
-        facts = [f"{share:4.0%}".replace("%", " %")]
+        head = [f"{100 * share:3.0f} %"]
         if self.rate:
-            facts.append(f"{_amount(self.rate)} {self.unit}/s")
-        facts += [f"{name.replace('_', ' ')} {_amount(number)}" for name, number in self._numbers.items()]
-        if share < 1 and self.rate:
-            facts.append(f"{duration((self.total - self.done) / self.rate)} left")
-        elif share == 1:
-            facts.append(duration(time.monotonic() - self._started))
-        return "  ".join(facts)
+            head.append(f"{_amount(self.rate)} {self.unit}/s")
+        tail = []
+        if share == 1:
+            tail.append(duration(time.monotonic() - self._started))
+        elif self.rate:
+            tail.append(f"{duration((self.total - self.done) / self.rate)} left")
+        numbers = [f"{name.replace('_', ' ')} {_amount(number)}" for name, number in self._numbers.items()]
+        while numbers and width is not None and len("  ".join(head + numbers + tail)) > width:
+            numbers.pop()
+        return "  ".join(head + numbers + tail)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         full, empty = ("#", ".") if options.ascii_only else ("█", "░")
         filled = min(_WIDTH, _WIDTH * self.done // self.total) if self.total else _WIDTH
         text = Text(f"{self.title}  ", no_wrap=True, overflow="ellipsis")
         text.append(full * filled + empty * (_WIDTH - filled), style="cyan")
-        text.append(f"  {self._facts()}")
+        text.append("  " + self._facts(options.max_width - len(text) - 2))
         yield text
 
 

@@ -1,0 +1,229 @@
+"""The one training loop. A stage brings an Objective: its batches, what they count, and their loss."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from unmask.errors import Interrupted, UserError
+from unmask.files import append_lines, lock, read_json_lines
+from unmask.progress import Progress
+from unmask.training.optimizer import Optimizer
+from unmask.training.parallel import keep_large_blocks, peak_memory, reset_peak_memory
+from unmask.training.resume import Place, State
+from unmask.training.schedule import lr_scale
+from unmask.training.signals import stop_on_signal
+
+_HOPELESS = 10  # steps in a row without a finite loss and gradient, after which nothing mends itself
+
+
+class Objective(Protocol):
+    """What a stage trains on and towards. Batches are a pure function of (weights, step, seed)."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def tokens_per_step(self) -> int:
+        """What a step is planned to process; the schedule counts these."""
+
+    @property
+    def pause_every(self) -> int:
+        """Training can be left and resumed only after a multiple of this many steps (PPO: a rollout's)."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the data, their order, and every setting of this objective."""
+
+    def micro_batches(self, step: int) -> Sequence[Any]:
+        """The batches of a step, each small enough for memory."""
+
+    def counts(self, batch: Any) -> dict[str, int]:
+        """What losses and metrics are divided by, say {"tokens": the number that the loss looks at}."""
+
+    def loss(self, batch: Any, totals: dict[str, int]) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """This batch's share of the step's loss and metrics: a sum over the batch divided by `totals`.
+
+        `totals` are the counts of the whole step, so that the shares of its batches add up. The loss hangs on
+        the parameters even where nothing counts: there it is zero, with zero gradient.
+        """
+
+    def tokens(self, batch: Any) -> int:
+        """How many tokens the model reads for this batch, for the rate."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    warmup_tokens: float
+    decay_tokens: float
+    lr_floor: float = 0.0
+    clip: float = 1.0
+    snapshot_seconds: float = 120.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float
+    grad_norm: float  # before clipping
+    tokens: int
+    metrics: dict[str, float]
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished training, over all processes that worked on it. `started`: when the first did, UTC."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    peak_bytes: int
+    skipped_steps: int  # their loss or gradient was not finite
+    metrics: dict[str, dict[str, float]]  # name: {"last": …, "mean": … of the last tenth of the steps}
+    started: str
+
+
+def train(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: Optimizer,
+    settings: Settings,
+    directory: Path,
+    progress: Progress,
+    title: str,
+) -> Outcome:
+    """Train to the end, from the newest snapshot in `directory` if any; leave the masters in the model.
+
+    On SIGINT or SIGTERM the loop goes on to the next step where it may pause, saves, and raises Interrupted;
+    the same call then goes on from there, and ends as if it had never stopped, bit for bit on a CPU. A step
+    without a finite loss and gradient is skipped and counted. Raises UserError after ten of these in a row,
+    if the snapshot is of another training, if another process works in `directory`, or if the system refuses
+    to write.
+    """
+    if objective.steps < 1:
+        raise UserError(f"{title}: not one step. Give it more tokens, or make its batches smaller.")
+    keep_large_blocks()
+    device = next(iter(optimizer.masters.values())).device
+    total_tokens = objective.steps * objective.tokens_per_step
+
+    with lock(directory), stop_on_signal() as stop:
+        place = Place(directory, optimizer, _rules(objective, optimizer, settings))
+        state = place.enter(settings.seed, progress.line)
+        began, saved = time.monotonic() - state.seconds, time.monotonic()
+        reset_peak_memory(device)
+        model.train()
+        with progress.bar(title, total_tokens, done=state.tokens) as bar:
+            while state.step < objective.steps:
+                middle = (state.step + 0.5) * objective.tokens_per_step
+                scale = lr_scale(
+                    middle, total_tokens, settings.warmup_tokens, settings.decay_tokens, settings.lr_floor
+                )
+                result = train_step(objective, optimizer, state.step, scale, settings.clip)
+
+                state.step += 1
+                state.tokens += result.tokens
+                state.skipped += not result.finite
+                state.skipped_in_a_row = 0 if result.finite else state.skipped_in_a_row + 1
+                state.seconds = time.monotonic() - began
+                state.peak_bytes = max(state.peak_bytes, peak_memory(device))
+                append_lines(place.metrics, [_metrics_line(state, result, scale)])
+                bar.total = state.tokens + (objective.steps - state.step) * objective.tokens_per_step
+                bar.advance(result.tokens, loss=result.loss, **result.metrics)
+                if state.skipped_in_a_row == _HOPELESS:
+                    raise UserError(_why_hopeless(title, state, result))
+
+                due = stop.is_set() or time.monotonic() - saved >= settings.snapshot_seconds
+                if state.step == objective.steps or (due and state.step % objective.pause_every == 0):
+                    place.save(state)
+                    saved = time.monotonic()
+                    if stop.is_set():
+                        raise Interrupted(
+                            f"{title}: stopped after step {state.step} of {objective.steps}, saved in "
+                            f"{directory}. The same command goes on from there."
+                        )
+    optimizer.restore(model)
+    return Outcome(
+        steps=state.step,
+        tokens=state.tokens,
+        seconds=state.seconds,
+        peak_bytes=state.peak_bytes,
+        skipped_steps=state.skipped,
+        metrics=_summary(place.metrics),
+        started=state.started,
+    )
+
+
+def train_step(
+    objective: Objective, optimizer: Optimizer, step: int, scale: float, clip: float
+) -> StepResult:
+    """One optimizer step over all its micro-batches, as if they were one batch."""
+    batches = objective.micro_batches(step)
+
+    # Count first, over the whole step: a mean of the micro-batches' means would weigh their tokens unequally.
+    # With several ranks the counts are all-reduced here; loss, metrics and the finite flag below.
+    totals: Counter[str] = Counter()
+    for batch in batches:
+        totals.update(objective.counts(batch))
+
+    optimizer.zero_grad()
+    sums: dict[str, Tensor | float] = {}
+    for batch in batches:
+        loss, metrics = objective.loss(batch, dict(totals))
+        torch.autograd.backward(loss)
+        for name, share in {"loss": loss, **metrics}.items():
+            sums[name] = sums.get(name, 0.0) + (share.detach() if isinstance(share, Tensor) else share)
+
+    grad_norm = optimizer.clip(clip)
+    numbers = {name: float(total) for name, total in sums.items()}  # waits for the device, once a step
+    result = StepResult(numbers.pop("loss"), grad_norm, sum(map(objective.tokens, batches)), numbers)
+    if result.finite:
+        optimizer.step(scale)
+    return result
+
+
+def _rules(objective: Objective, optimizer: Optimizer, settings: Settings) -> dict[str, Any]:
+    """All settings that decide the result, by name."""
+    rules = asdict(settings) | asdict(optimizer.settings) | {"precision": optimizer.precision}
+    del rules["snapshot_seconds"]
+    return rules | {
+        "betas": list(optimizer.settings.betas),  # as JSON will give it back
+        "data and objective": objective.fingerprint,
+        "steps": objective.steps,
+        "tokens_per_step": objective.tokens_per_step,
+        "pause_every": objective.pause_every,
+    }
+
+
+def _metrics_line(state: State, result: StepResult, scale: float) -> dict[str, Any]:
+    numbers = {"loss": result.loss, "lr_scale": scale, "grad_norm": result.grad_norm, **result.metrics}
+    line: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3)}
+    line |= {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+    return line if result.finite else line | {"skipped": True}
+
+
+def _why_hopeless(title: str, state: State, result: StepResult) -> str:
+    return (
+        f"{title}: loss or gradient was not finite for {_HOPELESS} steps in a row, up to step {state.step} "
+        f"(loss {result.loss}, gradient norm {result.grad_norm}). Lower the learning rate, or look at the data."
+    )
+
+
+def _summary(metrics: Path) -> dict[str, dict[str, float]]:
+    """Each metric's last value and its mean over the last tenth of the steps, where it was finite."""
+    lines = read_json_lines(metrics)
+    values: dict[str, list[float]] = {}
+    for line in lines[-math.ceil(len(lines) / 10) :]:
+        for name, value in line.items():
+            if name not in ("step", "tokens", "seconds", "skipped") and value is not None:
+                values.setdefault(name, []).append(value)
+    return {name: {"last": seen[-1], "mean": sum(seen) / len(seen)} for name, seen in values.items()}
