@@ -67,7 +67,7 @@ def by_hand(
 
 
 def test_a_batch_gives_what_a_forward_pass_a_token_gives(model: Decoder) -> None:
-    """Sampled, with unequal prompts and limits, on fewer rows than prompts: rows are refilled, then given up."""
+    """Sampled, unequal prompts and limits, on fewer rows than prompts: rows are refilled, then given up."""
     prompts = prompts_of(23)
     limits = [1 + 3 * i % 17 for i in range(23)]
     answers = generate(model, prompts, max_new_tokens=limits, stop_ids=STOPS, temperature=0.8, seed=3, rows=5)
