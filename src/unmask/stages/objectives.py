@@ -1,8 +1,8 @@
 """Losses, rewards and advantages as pure functions: tensors in, tensors out, no model and no state.
 
 Shapes: B rows (answers or pairs), A answer positions. A mask is True where an action was taken, that is, at
-the tokens the policy chose, its stop token included. What stands elsewhere is never read: it may be NaN. Losses
-come back elementwise: the caller masks, sums, and divides by the count of the whole optimizer step.
+the tokens the policy chose, its stop token included. What stands elsewhere is never read: it may be NaN.
+Losses come back elementwise: the caller masks, sums, and divides by the count of the whole optimizer step.
 """
 
 import torch
@@ -48,8 +48,8 @@ def gae(
         δ_i = r_i + γ·V_{i+1} − V_i        A_i = Σ_{j ≥ i} (γλ)^{j−i}·δ_j        R_i = A_i + V_i
 
     i runs over the actions of a row; positions between them (a tool's output) are passed over and neither
-    discount nor reset. V_i is the value read *before* action i. After the last action V is 0: the answer has
-    ended there, also where it was cut (its score is then the penalty, and nothing is left to expect).
+    discount nor reset. V_i is the value read *before* action i. After the last action V is 0: the answer
+    has ended there, also where it was cut (its score is then the penalty, and nothing is left to expect).
     Schulman et al. (arXiv 1506.02438), eq. 16.
     """
     rewards_BA, values_BA = rewards_BA.float(), values_BA.float()
@@ -68,8 +68,8 @@ def gae(
 def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     """(x − mean)/√(var + eps) over the masked elements (at least one), 0 elsewhere; equal ones give zeros.
 
-    The caller hands over a whole rollout, never a micro-batch, so that the result does not depend on how the
-    batch is split. Deviation from OpenAI's and TRL's: the variance divides by n, not n − 1.
+    The caller hands over a whole rollout, never a micro-batch, so that the result does not depend on how
+    the batch is split. Deviation from OpenAI's and TRL's: the variance divides by n, not n − 1.
     """
     chosen = x[mask].double()
     mean, variance = chosen.mean(), chosen.var(unbiased=False)
@@ -80,8 +80,9 @@ def clipped_policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, clip
     """−min(ρ·A, clip(ρ, 1 − c, 1 + c)·A) of each action, ρ = π(a)/π_old(a).
 
     Schulman et al. (arXiv 1707.06347), eq. 7. At ρ = 1 it is −A with the gradient of −A·ln π. For A > 0 it
-    never falls below −(1 + c)·A, and for A < 0 never below (1 − c)·|A|: nothing is won by leaving the range.
-    On the other side it grows with ρ: a step too far is pulled back. Deviation: ln ρ is kept within ±20.
+    never falls below −(1 + c)·A, and for A < 0 never below (1 − c)·|A|: nothing is won by leaving the
+    range. On the other side it grows with ρ: a step too far is pulled back. Deviation: ln ρ is kept within
+    ±20.
     """
     ratio = (log_probs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
@@ -90,8 +91,8 @@ def clipped_policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, clip
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
     """½·max((V − R)², (V_clipped − R)²) of each action, V_clipped = V kept within ± clip of V_old.
 
-    From OpenAI's `baselines` (PPO2); not in the PPO paper. The maximum takes the more pessimistic of the two:
-    never below ½·(V − R)², and without gradient where V has moved further than `clip` towards R.
+    From OpenAI's `baselines` (PPO2); not in the PPO paper. The maximum takes the more pessimistic of the
+    two: never below ½·(V − R)², and without gradient where V has moved further than `clip` towards R.
     """
     near = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
     return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())

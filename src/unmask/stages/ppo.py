@@ -1,0 +1,361 @@
+"""PPO as InstructGPT used it: a policy started from SFT learns from its own answers to please a reward model."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unmask import delta
+from unmask.errors import UserError
+from unmask.files import hash_json
+from unmask.model.decoder import Decoder
+from unmask.model.scorer import Scorer
+from unmask.stages import objectives, pretrain
+from unmask.stages.batches import by_length
+from unmask.stages.rollouts import (
+    Actions,
+    Prompts,
+    Reward,
+    RewardModel,
+    Rollout,
+    Source,
+    actions,
+    answered,
+    check,
+    log_probs,
+)
+from unmask.text import order
+from unmask.training.optimizer import Optimizer, OptimizerSettings
+
+ADAM_EPS = (
+    1e-5  # Huang et al. (arXiv 2403.17031): what InstructGPT's ancestors used, and stabler here than 1e-8
+)
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """How answers are collected and learned from. A rollout is learned from in epochs × minibatches steps."""
+
+    rollouts: int
+    answers: int  # a rollout
+    answer_tokens: int  # at most
+    epochs: int = 1
+    minibatches: int = 1
+    micro_tokens: int = 8192  # of a forward pass, padding included
+    rows: int = 64  # answers that are generated side by side
+    kl: float = 0.02  # β: reward lost for each nat of kl_child_parent
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    ratio_clip: float = 0.2
+    value_clip: float = 0.2
+    value_weight: float = 0.5
+    ptx: float = 0.0  # weight of the pretraining loss
+    truncated_score: float = -1.0
+
+
+class ActorCritic(nn.Module):
+    """The two networks that PPO trains; only the policy becomes a checkpoint."""
+
+    def __init__(self, policy: Decoder, critic: Scorer) -> None:
+        super().__init__()
+        self.policy, self.critic = policy, critic
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What a rollout leaves to learn from; (B, A) tensors hold 0 where a row has no action."""
+
+    index: int
+    rollout: Rollout
+    mask_BA: Tensor
+    log_probs_BA: Tensor  # of the policy that acted, computed by the trainer
+    values_BA: Tensor  # of the critic at that time
+    advantages_BA: Tensor  # whitened over the rollout
+    returns_BA: Tensor
+    numbers: dict[str, float]  # for metrics.jsonl
+
+
+class Batch(NamedTuple):
+    """A micro-batch of an experience; `numbers` stand in the first one of each step only."""
+
+    actions: Actions
+    log_probs_N: Tensor
+    values_N: Tensor
+    advantages_N: Tensor
+    returns_N: Tensor
+    numbers: dict[str, float]
+
+
+class PPO:
+    """The PPO objective of the training loop.
+
+    Each rollout: prompts → answers at temperature 1 → the reward model's score, less its offset, at the
+    last action (a truncated answer gets a fixed score), less β·k1 to the SFT model at each action →
+    generalised advantages, whitened over the rollout → epochs × minibatches steps on clipped policy and
+    value losses, both divided by the actions of the whole step, plus the loss on raw text where `ptx` is
+    given (PPO-ptx).
+
+    Ouyang et al. (arXiv 2203.02155), section 3.5 and appendix C.4. Deviations: rewards are not whitened;
+    policy and critic share one clipped gradient norm; the critic's values are less the reward model's
+    offset, as the rewards are; answers that reach the limit get a fixed score (so do Huang et al., arXiv
+    2403.17031) and nothing is bootstrapped after them.
+
+    The log-probabilities that ratios start from are computed here, with the code, dtype and padding of the
+    first epoch's micro-batches, so that the first step has ratio 1 exactly; how far the sampler's own lie
+    from them is logged. A rollout is a pure function of weights, index and seed, and snapshots fall between
+    rollouts (`pause_every`): a resumed run collects the very same ones, and none is ever stored.
+    """
+
+    def __init__(
+        self,
+        model: ActorCritic,
+        reference: Decoder,
+        reward: Reward,
+        prompts: Prompts,
+        settings: PPOSettings,
+        *,
+        offset: float,
+        stop_ids: Sequence[int],
+        seed: int,
+        text: pretrain.Pretraining | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        if settings.minibatches > settings.answers:
+            raise UserError(
+                f"rl.minibatches is {settings.minibatches}, for only {settings.answers} rl.answers."
+            )
+        self.model, self.reference, self.reward, self.prompts = model, reference, reward, prompts
+        self.settings, self.offset, self.stop_ids = settings, offset, stop_ids
+        self.seed, self.text, self.say = seed, text, say
+        self.pause_every = settings.epochs * settings.minibatches
+        self.steps = settings.rollouts * self.pause_every
+        read = settings.answers * (prompts.mean_length + settings.answer_tokens) / settings.minibatches
+        self.tokens_per_step = round(read) + (text.tokens_per_step if text else 0)
+        self.fingerprint = hash_json(
+            {
+                "prompts": prompts.fingerprint,
+                "text": text.fingerprint if text else None,
+                "settings": asdict(settings),
+                "offset": offset,
+                "stop_ids": list(stop_ids),
+                "seed": seed,
+            }
+        )
+        self._experience: Experience | None = None
+        self._troubles: dict[str, str] = {}
+
+    def micro_batches(self, step: int) -> list[Batch | Tensor]:
+        """The step's part of its rollout (which is collected where one begins), then rows of raw text."""
+        index, inner = divmod(step, self.pause_every)
+        if inner == 0:
+            self._experience = None  # let go of the last one before the next is made
+            self._experience = self.collect(index)
+        experience = self._experience
+        assert experience is not None, f"step {step} comes without its rollout"
+        assert experience.index == index, f"step {step} comes with rollout {experience.index}"
+        epoch, part = divmod(inner, self.settings.minibatches)
+        batches: list[Batch | Tensor] = []
+        for rows in self._parts(index, epoch, experience.rollout)[part]:
+            mask = experience.mask_BA[rows]
+            batches.append(
+                Batch(
+                    actions(experience.rollout, rows, mask.device),
+                    experience.log_probs_BA[rows][mask],
+                    experience.values_BA[rows][mask],
+                    experience.advantages_BA[rows][mask],
+                    experience.returns_BA[rows][mask],
+                    {} if batches else experience.numbers,
+                )
+            )
+        return batches + (self.text.micro_batches(step) if self.text else [])
+
+    def counts(self, batch: Batch | Tensor) -> dict[str, int]:
+        if isinstance(batch, Tensor):
+            return {"text_tokens": self._text().tokens(batch)}
+        return {"actions": len(batch.actions.taken_N)}
+
+    def tokens(self, batch: Batch | Tensor) -> int:
+        return self._text().tokens(batch) if isinstance(batch, Tensor) else batch.actions.tokens
+
+    def loss(self, batch: Batch | Tensor, totals: dict[str, int]) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Share of policy loss + value_weight · value loss, or of ptx · loss on raw text."""
+        settings = self.settings
+        if isinstance(batch, Tensor):
+            text_loss, _ = self._text().loss(batch, {"tokens": totals["text_tokens"]})
+            loss = settings.ptx * text_loss
+            return loss, {"text_loss": text_loss.detach()}
+        n = totals["actions"]
+        log_probs_N = log_probs(self.model.policy, batch.actions)
+        values_N = self._values(batch.actions)
+        policy_loss = (
+            objectives.clipped_policy_loss(
+                log_probs_N, batch.log_probs_N, batch.advantages_N, settings.ratio_clip
+            ).sum()
+            / n
+        )
+        value_loss = (
+            objectives.clipped_value_loss(
+                values_N, batch.values_N, batch.returns_N, settings.value_clip
+            ).sum()
+            / n
+        )
+        loss = policy_loss + settings.value_weight * value_loss
+        log_ratio_N = log_probs_N.detach() - batch.log_probs_N
+        moved_N = (log_ratio_N.exp() - 1).abs()
+        return loss, {
+            "policy_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+            "ratio_distance": moved_N.sum() / n,
+            "clip_fraction": (moved_N > settings.ratio_clip).sum() / n,
+            "kl_old_new": delta.k3(-log_ratio_N).sum() / n,
+            **batch.numbers,
+        }
+
+    @torch.no_grad()
+    def collect(self, index: int) -> Experience:
+        """Answers of the policy as it is, rewards, advantages: a pure function of weights and index."""
+        settings = self.settings
+        rollout = answered(
+            self.model.policy,
+            self.prompts.draw(index, settings.answers),
+            answer_tokens=settings.answer_tokens,
+            stop_ids=self.stop_ids,
+            seed=int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0]),
+            rows=settings.rows,
+        )
+        scores_B = self.reward(rollout)
+        self._report(index, check(rollout, scores_B))
+
+        device = self.model.policy.head.device
+        lengths_B = torch.tensor([len(answer.ids) for answer in rollout.answers], device=device)
+        mask_BA = torch.arange(int(lengths_B.max()), device=device) < lengths_B[:, None]
+        blank_BA = torch.zeros_like(mask_BA, dtype=torch.float32)
+        log_probs_BA, reference_BA, values_BA = blank_BA.clone(), blank_BA.clone(), blank_BA.clone()
+        for rows in (rows for part in self._parts(index, 0, rollout) for rows in part):
+            acts, mask, blank = actions(rollout, rows, device), mask_BA[rows], blank_BA[rows]
+            log_probs_BA[rows] = blank.masked_scatter(mask, log_probs(self.model.policy, acts))
+            reference_BA[rows] = blank.masked_scatter(mask, log_probs(self.reference, acts))
+            values_BA[rows] = blank.masked_scatter(mask, self._values(acts))
+
+        log_ratio_BA = log_probs_BA - reference_BA
+        rewards_BA = objectives.token_rewards(scores_B.to(device), log_ratio_BA, mask_BA, settings.kl)
+        advantages_BA, returns_BA = objectives.gae(
+            rewards_BA, values_BA, mask_BA, settings.gamma, settings.gae_lambda
+        )
+        sampled_N = torch.tensor([p for answer in rollout.answers for p in answer.log_probs], device=device)
+        gap_N = (log_probs_BA[mask_BA] - sampled_N).abs()
+        k1_N = delta.k1(log_ratio_BA[mask_BA])
+        stopped = sum(answer.finished for answer in rollout.answers)
+        numbers = {
+            "reward": scores_B.mean().item(),
+            "kl_child_parent": k1_N.mean().item(),
+            "entropy": -log_probs_BA[mask_BA].mean().item(),
+            "explained_variance": objectives.explained_variance(values_BA, returns_BA, mask_BA).item(),
+            "stop_rate": stopped / settings.answers,
+            "truncated": settings.answers - stopped,
+            "answer_tokens": lengths_B.float().mean().item(),
+            "sampler_gap_mean": gap_N.mean().item(),
+            "sampler_gap_max": gap_N.max().item(),
+        }
+        white_BA = objectives.whiten(advantages_BA, mask_BA)
+        return Experience(index, rollout, mask_BA, log_probs_BA, values_BA, white_BA, returns_BA, numbers)
+
+    def _parts(self, index: int, epoch: int, rollout: Rollout) -> list[list[list[int]]]:
+        """Rows of each micro-batch of each minibatch: shuffled anew each epoch, similar lengths together."""
+        shuffled = order.permutation(self.seed, index * self.settings.epochs + epoch, len(rollout.answers))
+        parts = []
+        for minibatch in np.array_split(shuffled, self.settings.minibatches):
+            rows = [int(row) for row in minibatch]
+            lengths = [len(rollout.prompts[row]) + len(rollout.answers[row].ids) for row in rows]
+            parts.append(
+                [[rows[i] for i in group] for group in by_length(lengths, self.settings.micro_tokens)]
+            )
+        return parts
+
+    def _values(self, acts: Actions) -> Tensor:
+        """V of the state before each action (N,) float32, less the reward model's offset, as rewards are."""
+        values_N = self.model.critic.values(acts.ids_BT).flatten().index_select(0, acts.before_N)
+        return values_N.float() - self.offset
+
+    def _text(self) -> pretrain.Pretraining:
+        assert self.text is not None, "rows of raw text come from self.text alone"
+        return self.text
+
+    def _report(self, index: int, troubles: dict[str, str]) -> None:
+        """Say what is wrong with the rollouts, once for as long as it stays so."""
+        for kind in troubles.keys() - self._troubles.keys():
+            self.say(f"rollout {index + 1} of {self.settings.rollouts}: {troubles[kind]}.")
+        self._troubles = troubles
+
+
+class RawText(NamedTuple):
+    """What PPO-ptx reads besides: rows of raw text, so many a step."""
+
+    sources: Sequence[pretrain.Source]
+    rows: int
+    length: int
+    end_of_text: int
+
+
+def stage(
+    sft: Decoder,
+    reward: Scorer,
+    prompts: Sequence[Source],
+    settings: PPOSettings,
+    *,
+    offset: float,
+    stop_ids: Sequence[int],
+    lr: float,
+    critic_lr: float,
+    dtype: torch.dtype,
+    seed: int,
+    text: RawText | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[ActorCritic, PPO, Optimizer]:
+    """Policy and critic with their objective and optimizer, ready for the loop.
+
+    The policy starts as a copy of `sft`, the critic as a copy of `reward`; the two themselves, in `dtype`,
+    become the reference and the judge. Room for prompts is the context less the longest answer.
+    """
+    if lr <= 0:
+        raise UserError("rl.lr must be above 0: the critic's rate is a multiple of it.")
+    if settings.ptx > 0 and text is None:
+        raise UserError("rl.ptx is above 0, but there is no raw text to read.")
+    model = ActorCritic(copy.deepcopy(sft), copy.deepcopy(reward))
+    for frozen in (sft, reward):
+        frozen.requires_grad_(False).to(dtype)
+    room = sft.config.max_position_embeddings - settings.answer_tokens
+    optimizer = Optimizer(
+        model,
+        OptimizerSettings(lr=lr, eps=ADAM_EPS),
+        dtype,
+        lambda name: critic_lr / lr if name.startswith("critic.") else 1.0,
+    )
+    objective = PPO(
+        model,
+        sft,
+        RewardModel(reward, offset, settings.truncated_score, settings.micro_tokens),
+        Prompts(prompts, room=room, seed=seed),
+        settings,
+        offset=offset,
+        stop_ids=stop_ids,
+        seed=seed,
+        text=None
+        if text is None or settings.ptx == 0
+        else pretrain.Pretraining(
+            model.policy,
+            text.sources,
+            length=text.length,
+            steps=settings.rollouts * settings.epochs * settings.minibatches,
+            batch_rows=text.rows,
+            micro_rows=max(1, settings.micro_tokens // text.length),
+            end_of_text=text.end_of_text,
+            seed=seed,
+        ),
+        say=say,
+    )
+    return model, objective, optimizer
