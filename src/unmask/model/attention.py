@@ -7,7 +7,9 @@ from torch import Tensor
 from unmask.model.precision import emulated
 
 
-def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def attention(
+    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
     """softmax(q kᵀ / √K) v -> (B, H, T, K). H is a multiple of G: query heads share key heads in order.
 
     `causal`: position i sees keys up to i, no mask is built. `mask`: bool, true where a query may see a key,
@@ -23,15 +25,18 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | Non
         scores = (q * size**-0.5) @ k_BGSK.transpose(2, 3)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        return (scores.float().softmax(-1).to(q.dtype) @ v_BGSK).reshape(rows, heads, 1, size)
+        y: Tensor = scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v_BGSK
+        return y.reshape(rows, heads, 1, size)
     if groups != heads:
         k_BGSK = k_BGSK.repeat_interleave(heads // groups, 1)
         v_BGSK = v_BGSK.repeat_interleave(heads // groups, 1)
     return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=causal)
 
 
-def packed_mask(tokens: int, window: int | None, documents_BT: Tensor | None, device: torch.device) -> Tensor | None:
-    """Mask (B or 1, 1, T, T) of causal attention inside documents and windows; None where plain causal is all."""
+def packed_mask(
+    tokens: int, window: int | None, documents_BT: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Mask (B or 1, 1, T, T) of causal attention inside documents and windows; None where causal is all."""
     if documents_BT is None and (window is None or window >= tokens):
         return None
     at = torch.arange(tokens, device=device)
@@ -45,7 +50,7 @@ def packed_mask(tokens: int, window: int | None, documents_BT: Tensor | None, de
 
 
 def cached_mask(positions_BT: Tensor, reach: int, window: int | None) -> Tensor:
-    """Mask (B, 1, T, S) over a cache: a query sees the keys at its own position and before, within the window."""
+    """Mask (B, 1, T, S) over a cache: a query sees keys at its own position and before, within the window."""
     distance = positions_BT[:, :, None] - torch.arange(reach, device=positions_BT.device)
     mask = distance >= 0
     if window is not None:

@@ -9,12 +9,14 @@ from unmask.model.config import ModelConfig
 class Cache:
     """Keys and values for `rows` sequences of up to `length` tokens; `lengths_B` counts what each row holds.
 
-    `Decoder.hidden(ids_BT, cache=cache)` writes T tokens of every row at that row's own length and does not move the
-    lengths; `advance` does. So prompts of unequal length are padded to the right and advanced by their own lengths:
-    what the padding wrote lies beyond the length, is never attended to, and is overwritten by the next tokens.
+    `Decoder.hidden(ids_BT, cache=cache)` writes T tokens of every row at that row's own length and does not
+    move the lengths; `advance` does. So prompts of unequal length are padded to the right and advanced by
+    their own lengths: what the padding wrote lies beyond, is never attended to, and is overwritten later.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self, config: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
         # Zeros, not empty: a masked key has weight 0, and 0 · NaN from uninitialised memory would be NaN.
         self.k = torch.zeros(shape, dtype=dtype, device=device)
@@ -29,8 +31,10 @@ class Cache:
     def length(self) -> int:
         return self.k.shape[3]
 
-    def write(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor, reach: int) -> tuple[Tensor, Tensor]:
-        """Store keys and values at their positions; return this layer's (B, G, reach, K) views."""
+    def write(
+        self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor, reach: int
+    ) -> tuple[Tensor, Tensor]:
+        """Store keys and values at their positions; return views (B, G, reach, K) of the layer."""
         rows = torch.arange(self.rows, device=self.k.device)[:, None]
         self.k[layer].transpose(1, 2)[rows, positions_BT] = k_BTGK.to(self.k.dtype)
         self.v[layer].transpose(1, 2)[rows, positions_BT] = v_BTGK.to(self.v.dtype)
@@ -45,7 +49,7 @@ class Cache:
         self.k, self.v, self.lengths_B = self.k[:, rows], self.v[:, rows], self.lengths_B[rows]
 
     def put(self, rows: Tensor, source: "Cache") -> None:
-        """Overwrite these rows with the rows of another cache (a prompt read apart takes a free place here)."""
+        """Overwrite these rows with those of another cache: prompts that were read apart take free places."""
         n = min(self.length, source.length)
         assert int(source.lengths_B.max()) <= n
         self.k[:, rows, :, :n] = source.k[:, :, :, :n]

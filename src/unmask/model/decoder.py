@@ -1,7 +1,7 @@
-"""One readable decoder: RMSNorm, rotary positions, grouped attention, optional QK-norm, SwiGLU, tied or untied head.
+"""One readable decoder: RMSNorm, rotary positions, grouped attention, optional QK-norm, SwiGLU.
 
-Parameter names are Hugging Face's, so a checkpoint of ours opens in transformers, vLLM and llama.cpp's converter, and theirs
-here. Norms and rotations are computed in float32 whatever the dtype of the weights; the residual stream has the weights' dtype.
+Parameter names are Hugging Face's: a checkpoint of ours opens in transformers and whatever reads its files,
+and theirs here. Norms and rotations are in float32; the residual stream has the dtype of the weights.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from unmask.model.attention import attention, cached_mask, packed_mask
 from unmask.model.cache import Cache
 from unmask.model.config import ModelConfig
+from unmask.model.kernels import rms_norm, rotate
 from unmask.model.precision import linear
 
 
@@ -44,16 +45,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype in (torch.float32, torch.float64):
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Radians a position for each of the head_dim/2 planes, float32: θ^(−2i/K), slowed by Llama 3's rule if asked.
+    """Radians a position of each of the K/2 planes, float32: θ^(−2i/K), slowed by Llama 3's rule if asked.
 
-    Llama 3's rule (as in transformers' `rope_type: llama3`): planes whose wavelength is beyond the original context divided by
-    low_freq_factor turn `factor` times slower, those below the one divided by high_freq_factor stay, between them a blend.
+    That rule (transformers' `rope_type: llama3`) counts a plane's turns within the original context: below
+    low_freq_factor it becomes `factor` times slower, above high_freq_factor it stays, between is a blend.
     """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequency = 1.0 / config.rope_theta**exponent
@@ -64,12 +63,6 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     kept = (turns - rule["low_freq_factor"]) / (rule["high_freq_factor"] - rule["low_freq_factor"])
     kept = kept.clamp(0, 1)
     return kept * frequency + (1 - kept) * frequency / rule["factor"]
-
-
-def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn plane i, made of coordinates i and i + K/2, by its angle; cos and sin are (B or 1, T, 1, K/2) float32."""
-    a, b = x_BTHK.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_BTHK.dtype)
 
 
 class Attention(nn.Module):
@@ -86,7 +79,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, where: "Where") -> Tensor:
         rows, tokens, _ = x_BTD.shape
-        q, k, v = (p(x_BTD).view(rows, tokens, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            projection(x_BTD).view(rows, tokens, -1, self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, where.cos, where.sin), rotate(k, where.cos, where.sin)
@@ -97,7 +93,8 @@ class Attention(nn.Module):
                 keys, values = kept_keys, kept_values
         mask = where.masks[self.layer]
         y = attention(q.transpose(1, 2), keys, values, mask, causal=mask is None and where.causal)
-        return self.o_proj(y.transpose(1, 2).reshape(rows, tokens, -1))
+        written: Tensor = self.o_proj(y.transpose(1, 2).reshape(rows, tokens, -1))
+        return written
 
 
 class MLP(nn.Module):
@@ -108,7 +105,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
 
 
 class Block(nn.Module):
@@ -121,7 +119,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, where: "Where") -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), where)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return y
 
 
 class Where:
@@ -141,7 +140,7 @@ class Where:
         windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
         masks: dict[int | None, Tensor | None] = {}
         if cache is not None:
-            assert positions_BT is None and documents_BT is None, "a cache counts its own positions"
+            assert positions_BT is documents_BT is None, "a cache counts its own positions"
             past = int(cache.lengths_B.max())
             self.reach = past + tokens
             assert self.reach <= cache.length, f"cache of {cache.length} positions cannot take {self.reach}"
@@ -156,7 +155,8 @@ class Where:
         self.positions_BT = positions_BT
         self.masks = [masks[window] for window in windows]
         angles = positions_BT[:, :, None, None].to(frequencies.dtype) * frequencies
-        self.cos, self.sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 class Trunk(nn.Module):
@@ -185,7 +185,8 @@ class Trunk(nn.Module):
         x = self.embed_tokens(ids_BT)
         for block in self.layers:
             x = block(x, where)
-        return self.norm(x)  # type: ignore[no-any-return]
+        normed: Tensor = self.norm(x)
+        return normed
 
 
 class Decoder(nn.Module):
@@ -218,8 +219,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Hidden states (B, T, D) after the final norm.
 
-        `positions_BT` (default 0, 1, …) are rotary positions; tokens attend only within their number in `documents_BT`.
-        With a cache the tokens continue each row at its own length (see Cache).
+        `positions_BT` (default 0, 1, …) are rotary positions; tokens attend only to those of equal number in
+        `documents_BT`. With a cache the tokens continue each row at its own length (see Cache).
         """
         x: Tensor = self.model(ids_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=cache)
         return x
@@ -236,7 +237,8 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """Logits (B, T, V) in the weights' dtype; position t scores token t + 1."""
-        return self.logits(self.hidden(ids_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=cache))
+        hidden = self.hidden(ids_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=cache)
+        return self.logits(hidden)
 
 
 def init_weights(model: nn.Module, layers: int, generator: torch.Generator) -> None:

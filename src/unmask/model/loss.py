@@ -1,4 +1,4 @@
-"""Cross-entropy and log-probabilities of tokens from hidden states, with logits made a chunk at a time, never whole."""
+"""Cross-entropy and log-probabilities of tokens from hidden states, with logits made a chunk at a time."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unmask.model.kernels import apply
 from unmask.model.precision import emulated, linear
 
 # Rows of a chunk are cut so that its float32 logits take at most 128 MB, however large the vocabulary.
@@ -20,7 +21,7 @@ def chunks(rows: int, vocabulary: int, chunk: int) -> Iterator[slice]:
 
 
 def float_logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """Logits in the dtype of the product, then float32 (float64 stays): a fresh tensor that may be overwritten."""
+    """Logits in the dtype of the product, then float32 (float64 stays); a fresh tensor, free to overwrite."""
     logits = linear(hidden, head)
     return logits if logits.dtype is torch.float64 else logits.float()
 
@@ -43,13 +44,13 @@ class CrossEntropySum(torch.autograd.Function):
         for rows in chunks(hidden_ND.shape[0], head_VD.shape[0], chunk):
             hidden, targets = hidden_ND[rows], targets_N[rows, None]
             logits = float_logits(hidden, head_VD)
-            top = logits.logsumexp(-1, keepdim=True)
-            losses = top - logits.gather(1, targets)
+            log_probs = logits.log_softmax(-1)
+            losses = -log_probs.gather(1, targets)
             weights = None if weights_N is None else weights_N[rows, None].to(wide)
             total += (losses if weights is None else losses * weights).sum()
             if d_hidden is None and d_head is None:
                 continue
-            slope = logits.sub_(top).exp_()  # softmax − one-hot, in place of the logits
+            slope = log_probs.exp_()  # softmax − one-hot, in place of the logits
             slope.scatter_add_(1, targets, torch.full_like(losses, -1.0))
             if weights is not None:
                 slope.mul_(weights)
@@ -77,13 +78,12 @@ class CrossEntropySum(torch.autograd.Function):
 def cross_entropy_sum(
     hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor | None = None, chunk: int = 1024
 ) -> Tensor:
-    """Σ_n w_n · (logsumexp(logits_n) − logits_n[target_n]) in nats: a float32 scalar SUM, to be divided by global counts.
+    """Σ_n −w_n · log softmax(logits_n)[target_n] in nats: a float32 SUM, to be divided by global counts.
 
-    The gradient is made in forward, chunk by chunk, because the logits are at hand there. `weights_N` (float or bool) says
-    which rows count; rows of weight 0 cost as much as others, so select rows first where most do not count.
+    The gradient is made in forward, chunk by chunk, where the logits are at hand. `weights_N` (float or bool)
+    says which rows count; rows of weight 0 cost as much as others: select rows first where most do not count.
     """
-    loss: Tensor = CrossEntropySum.apply(hidden_ND, head_VD, targets_N, weights_N, chunk)
-    return loss
+    return apply(CrossEntropySum, hidden_ND, head_VD, targets_N, weights_N, chunk)
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -122,6 +122,5 @@ class TokenLogProbs(torch.autograd.Function):
 def token_log_probs(
     hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, temperature: float = 1.0, chunk: int = 1024
 ) -> Tensor:
-    """log softmax(logits / temperature)[target], float32 (N,), in nats; logits are made again in backward, not kept."""
-    out: Tensor = TokenLogProbs.apply(hidden_ND, head_VD, targets_N, temperature, chunk)
-    return out
+    """log softmax(logits / temperature)[target] in nats, float32 (N,); backward makes the logits again."""
+    return apply(TokenLogProbs, hidden_ND, head_VD, targets_N, temperature, chunk)

@@ -26,8 +26,8 @@ def emulated(x: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b in x's dtype.
 
-    In bfloat16 the products are exact in float32 and are summed there, then rounded once: with or without
-    instructions for it. Without them PyTorch's own bfloat16 product is some fifty times slower than this route.
+    Products of bfloat16 numbers are exact in float32, are summed there and rounded once: with or without
+    instructions for it. Without them PyTorch's own bfloat16 product is some fifty times slower than this.
     """
     if not emulated(x):
         return F.linear(x, weight, bias)
