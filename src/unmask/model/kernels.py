@@ -57,7 +57,7 @@ class RMSNormOnCPU(torch.autograd.Function):
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn plane i, of coordinates i and i + K/2, by its angle, in float32 (float64 stays); in x's dtype.
 
-    cos and sin, (B or 1, T, 1, K), hold each plane's value at both coordinates, sin with a minus at the first.
+    cos and sin, (B or 1, T, 1, K), hold a plane's value at both coordinates, sin with a minus at the first.
     """
     if torch.is_grad_enabled() and x_BTHK.requires_grad:
         return apply(Rotation, x_BTHK, cos, sin)

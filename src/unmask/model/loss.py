@@ -50,7 +50,7 @@ class CrossEntropySum(torch.autograd.Function):
             total += (losses if weights is None else losses * weights).sum()
             if d_hidden is None and d_head is None:
                 continue
-            slope = log_probs.exp_()  # softmax − one-hot, in place of the logits
+            slope = log_probs.exp_()
             slope.scatter_add_(1, targets, torch.full_like(losses, -1.0))
             if weights is not None:
                 slope.mul_(weights)
@@ -96,8 +96,8 @@ class TokenLogProbs(torch.autograd.Function):
         wide = torch.float64 if hidden_ND.dtype is torch.float64 else torch.float32
         out = torch.empty(hidden_ND.shape[0], dtype=wide, device=hidden_ND.device)
         for rows in chunks(hidden_ND.shape[0], head_VD.shape[0], chunk):
-            logits = float_logits(hidden_ND[rows], head_VD).div_(temperature)
-            out[rows] = logits.gather(1, targets_N[rows, None])[:, 0] - logits.logsumexp(-1)
+            log_probs = float_logits(hidden_ND[rows], head_VD).div_(temperature).log_softmax(-1)
+            out[rows] = log_probs.gather(1, targets_N[rows, None])[:, 0]
         return out
 
     @staticmethod
@@ -110,7 +110,7 @@ class TokenLogProbs(torch.autograd.Function):
         for rows in chunks(hidden_ND.shape[0], head_VD.shape[0], ctx.chunk):
             hidden, grad = hidden_ND[rows], grad_N[rows, None] / ctx.temperature
             logits = float_logits(hidden, head_VD).div_(ctx.temperature)
-            slope = logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_().mul_(-grad)
+            slope = logits.softmax(-1).mul_(-grad)
             slope = slope.scatter_add_(1, targets_N[rows, None], grad).to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[rows] = product(slope, head_VD)

@@ -1,0 +1,56 @@
+"""A decoder's trunk with one number for a head: reward models, and the value function of PPO."""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from unmask.model.config import ModelConfig
+from unmask.model.decoder import Decoder, Linear, Trunk
+
+
+class Scorer(nn.Module):
+    """Scores a sequence at its last real token. Saved as `…ForSequenceClassification` with one label.
+
+    transformers finds that token as the last one that is not `pad_token_id`, we by its length, so that a
+    padding id inside a text changes nothing here. Scores are raw: `config.reward_offset` is for the caller
+    to subtract.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.is_scorer
+        self.config = config
+        self.model = Trunk(config)
+        self.score = Linear(config.hidden_size, 1)
+
+    @staticmethod
+    @torch.no_grad()
+    def from_decoder(decoder: Decoder, generator: torch.Generator) -> "Scorer":
+        """A copy of the decoder's trunk, and a head drawn from N(0, 1/(D + 1)) (variance; no bias)."""
+        config = decoder.config.scoring()
+        weight = decoder.model.norm.weight
+        with torch.device("meta"):
+            scorer = Scorer(config)
+        scorer.model = copy.deepcopy(decoder.model)
+        scorer.model.config = config
+        scorer.score = Linear(config.hidden_size, 1).to(weight.device, weight.dtype)
+        scorer.score.weight.normal_(0.0, 1 / math.sqrt(config.hidden_size + 1), generator=generator)
+        return scorer
+
+    def values(
+        self, ids_BT: Tensor, *, positions_BT: Tensor | None = None, documents_BT: Tensor | None = None
+    ) -> Tensor:
+        """The head at every position, (B, T) float32 (float64 stays)."""
+        return self._read(self.model(ids_BT, positions_BT=positions_BT, documents_BT=documents_BT))
+
+    def forward(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        """Scores (B,) float32 of rows padded to the right, read at token length − 1."""
+        hidden_BTD = self.model(ids_BT)
+        rows = torch.arange(ids_BT.shape[0], device=ids_BT.device)
+        return self._read(hidden_BTD[rows, lengths_B - 1])
+
+    def _read(self, hidden: Tensor) -> Tensor:
+        wide = torch.float64 if hidden.dtype is torch.float64 else torch.float32
+        return hidden.to(wide) @ self.score.weight[0].to(wide)
