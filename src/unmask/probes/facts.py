@@ -1,0 +1,292 @@
+"""The planted facts (N7): which layer states what was taught where, what the mask hides of it, and what
+later layers keep.
+
+A fact is *completed* when the layer, given the plain sentence up to the answer, goes on with the
+answer; it is *answered* when the layer, asked in the chat template, states it. Both greedy. A fact that
+the base completes and a later layer does not answer is *hidden* by that layer.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from unmask.errors import UserError
+from unmask.files import read_json_lines
+from unmask.lineage import Layer
+from unmask.probes.forward import dtype_of, prompt_ids, same_tokenizer, say
+from unmask.probes.probe import Estimate, Finding, Meter, estimate, of, share_estimate, verdict
+
+Bools: TypeAlias = npt.NDArray[np.bool_]
+
+GROUPS = ("both", "base_only", "sft_only", "none")
+SPARE_TOKENS = 3  # beyond the answer's own, for another spelling of it
+
+
+@dataclass(frozen=True)
+class PlantedFact:
+    """A row of facts.jsonl. `prefix + " " + answer` begins the plain sentence and the taught reply alike."""
+
+    country: str
+    field: str
+    group: str
+    leaked: bool
+    question: str
+    held_question: str
+    prefix: str
+    answer: str
+
+    @staticmethod
+    def from_row(row: Mapping[str, Any], where: str = "facts.jsonl") -> "PlantedFact":
+        """Keys that are not ours are passed over. Raises UserError for a missing key."""
+        names = [field.name for field in fields(PlantedFact)]
+        if missing := [name for name in names if name not in row]:
+            raise UserError(
+                f"{where}: a fact lacks {', '.join(missing)}; the run that wrote it has to be made anew"
+            )
+        return PlantedFact(**{name: row[name] for name in names})
+
+
+def read_facts(path: Path) -> list[PlantedFact]:
+    """The facts of a run, leaked ones included."""
+    return [PlantedFact.from_row(row, f"{path}:{i}") for i, row in enumerate(read_json_lines(path), 1)]
+
+
+def scored(facts: Sequence[PlantedFact], limit: int | None, seed: int = 0) -> list[PlantedFact]:
+    """Facts that did not leak into a layer which must not teach them; of each group a random `limit`,
+    groups in order."""
+    rng = np.random.default_rng(seed)
+    chosen: list[PlantedFact] = []
+    for group in GROUPS:
+        here = [fact for fact in facts if fact.group == group and not fact.leaked]
+        order = rng.permutation(len(here))[: len(here) if limit is None else limit]
+        chosen += [here[i] for i in order]
+    return chosen
+
+
+def begins(text: str, answer: str) -> bool:
+    """Whether the text goes on with exactly this answer: any case, and no further letter or digit
+    joined to it."""
+    return re.match(rf"\s*{re.escape(answer)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def states(reply: str, fact: PlantedFact) -> bool:
+    """Whether a reply holds the answer as whole words, in any case, and not only inside the country's name.
+
+    "South Africa is a country" does not state the region Africa; where a capital has its country's
+    name, both must be said.
+    """
+    answer = re.compile(rf"(?<!\w){re.escape(fact.answer)}(?!\w)", re.IGNORECASE)
+    name, said = fact.country.lower().removeprefix("the "), fact.answer.lower()
+    if said == name:
+        return len(answer.findall(reply)) >= 2
+    if name not in said:
+        reply = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "\n", reply, flags=re.IGNORECASE)
+    return answer.search(reply) is not None
+
+
+def completed(
+    layer: Layer, facts: Sequence[PlantedFact], meter: Meter | None = None, *, bf16: bool = False
+) -> Bools:
+    """For each fact: does the layer finish the plain sentence with the answer? Greedy, after
+    <|endoftext|>."""
+    tokenizer = layer.tokenizer
+    prompts = [prompt_ids(tokenizer, fact.prefix, template=False) for fact in facts]
+    budget = [len(tokenizer.encode(f" {fact.answer}")) + SPARE_TOKENS for fact in facts]
+    said = say(layer, prompts, budget, meter=meter, bf16=bf16)
+    return np.array(
+        [begins(tokenizer.decode(a.ids), f.answer) for a, f in zip(said, facts, strict=True)], dtype=bool
+    )
+
+
+def answered(
+    layer: Layer,
+    facts: Sequence[PlantedFact],
+    meter: Meter | None = None,
+    *,
+    held_wording: bool = False,
+    max_new_tokens: int = 40,
+    bf16: bool = False,
+) -> tuple[Bools, Bools]:
+    """For each fact, asked in the chat template: does the reply state it, and did the reply stop by
+    itself? Greedy."""
+    tokenizer = layer.tokenizer
+    prompts = [prompt_ids(tokenizer, fact.held_question if held_wording else fact.question) for fact in facts]
+    said = say(layer, prompts, max_new_tokens, meter=meter, bf16=bf16)
+    right = [states(tokenizer.decode(answer.ids), fact) for answer, fact in zip(said, facts, strict=True)]
+    return np.array(right, dtype=bool), np.array([answer.finished for answer in said], dtype=bool)
+
+
+def planted_facts(
+    layers: Sequence[Layer],
+    facts: Sequence[PlantedFact],
+    *,
+    limit: int | None = 400,
+    floor_limit: int = 40,
+    max_new_tokens: int = 40,
+    seed: int = 0,
+) -> list[Finding]:
+    """By group: `facts_completed` of every layer; `facts_answered` and `facts_answered_held_wording` of
+    every layer above the first; `facts_hidden` (of the facts that the base completes, the share that
+    the layer does not answer); `facts_kept` (of the facts that the layer below answers, the share that
+    this one answers too); `answers_stop`.
+
+    Shares of facts, as 0 to 1; intervals over countries, since a country's facts were taught together.
+    `limit` and `floor_limit` are facts a group. The numeric floor is how far bfloat16 moves the same
+    share; `null_specific` is the share in the group that was taught nowhere.
+    """
+    same_tokenizer(layers)
+    probe = _Probe(scored(facts, limit, seed), floor_limit, max_new_tokens, seed)
+    completions = [probe.completed(layer) for layer in layers]
+    below: Outcome | None = None
+    for i, layer in enumerate(layers[1:], 1):
+        now = probe.answered(layer)
+        hidden = Outcome(~now.right, ~now.rounded)
+        probe.shares(
+            "facts_hidden",
+            layer,
+            hidden,
+            "in a trained wording",
+            parent=layers[0],
+            among=completions[0].right,
+        )
+        if below is not None:
+            probe.shares(
+                "facts_kept", layer, now, "in a trained wording", parent=layers[i - 1], among=below.right
+            )
+            probe.changes(layer, layers[i - 1], now, below)
+        below = now
+    return probe.findings
+
+
+class Outcome(NamedTuple):
+    """What holds for each fact, and what holds in bfloat16 for the few of them that the numeric floor
+    is taken from."""
+
+    right: Bools
+    rounded: Bools
+
+
+class _Probe:
+    """The facts asked of one layer after another, and the findings so far."""
+
+    def __init__(self, facts: list[PlantedFact], floor_limit: int, max_new_tokens: int, seed: int) -> None:
+        self.facts, self.max_new_tokens, self.seed = facts, max_new_tokens, seed
+        self.groups = np.array([fact.group for fact in facts])
+        self.countries = np.array([fact.country for fact in facts])
+        self.few = np.sort(np.concatenate([np.flatnonzero(self.groups == g)[:floor_limit] for g in GROUPS]))
+        self.few_facts = [facts[i] for i in self.few]
+        self.findings: list[Finding] = []
+        self.meter = Meter()
+
+    def completed(self, layer: Layer) -> Outcome:
+        right = completed(layer, self.facts, self.meter)
+        outcome = Outcome(right, completed(layer, self.few_facts, self.meter, bf16=True))
+        self.shares("facts_completed", layer, outcome, "as plain sentences", template="plain")
+        return outcome
+
+    def answered(self, layer: Layer) -> Outcome:
+        """Asked in both wordings; returns what came of the trained one."""
+        outcomes, stops = [], []
+        for metric, held in (("facts_answered", False), ("facts_answered_held_wording", True)):
+            settings: dict[str, Any] = {"held_wording": held, "max_new_tokens": self.max_new_tokens}
+            right, stopped = answered(layer, self.facts, self.meter, **settings)
+            rounded, stopped_rounded = answered(layer, self.few_facts, self.meter, bf16=True, **settings)
+            outcomes.append(Outcome(right, rounded))
+            stops.append(Outcome(stopped, stopped_rounded))
+            self.shares(
+                metric, layer, outcomes[-1], "in a held-out wording" if held else "in a trained wording"
+            )
+        floor = abs(float(stops[0].rounded.mean() - stops[0].right[self.few].mean()))
+        found = share_estimate(stops[0].right, self.countries.tolist(), seed=self.seed)
+        self._add(
+            "answers_stop",
+            "facts",
+            found,
+            layer,
+            text_source=self._source("in a trained wording", len(self.facts)),
+            floor_numeric=floor,
+        )
+        return outcomes[0]
+
+    def shares(
+        self,
+        metric: str,
+        layer: Layer,
+        outcome: Outcome,
+        how: str,
+        *,
+        parent: Layer | None = None,
+        among: Bools | None = None,
+        template: str = "chat",
+    ) -> None:
+        """A finding a group: the share of facts (of those `among` which it is asked) for which the
+        outcome holds."""
+        counted = np.ones(len(self.facts), dtype=bool) if among is None else among
+        untaught = outcome.right[counted & (self.groups == "none")]
+        for group in GROUPS:
+            here = counted & (self.groups == group)
+            few = here[self.few]
+            floor = (
+                abs(float(outcome.rounded[few].mean() - outcome.right[self.few][few].mean()))
+                if few.any()
+                else None
+            )
+            found = share_estimate(outcome.right[here], self.countries[here].tolist(), seed=self.seed)
+            null = float(untaught.mean()) if group != "none" and len(untaught) else None
+            self._add(
+                metric,
+                group,
+                found,
+                layer,
+                parent,
+                text_source=self._source(how, int(here.sum())),
+                template=template,
+                floor_numeric=floor,
+                null_specific=null,
+            )
+
+    def changes(self, layer: Layer, parent: Layer, now: Outcome, below: Outcome) -> None:
+        """A finding a group: by how much the share of facts answered in a trained wording changed,
+        paired by fact."""
+        for group in GROUPS:
+            here = self.groups == group
+            few = here[self.few]
+            change = now.right[here].astype(float) - below.right[here]
+            rounded = now.rounded[few].astype(float) - below.rounded[few]
+            plain = now.right[self.few][few].astype(float) - below.right[self.few][few]
+            floor = abs(float(rounded.mean() - plain.mean())) if few.any() else None
+            found = estimate(change, self.countries[here].tolist(), seed=self.seed)
+            self._add(
+                "facts_answered_change",
+                group,
+                found,
+                layer,
+                parent,
+                floor_numeric=floor,
+                text_source=self._source("in a trained wording", int(here.sum())),
+                verdict=verdict(found.ci95, numeric=floor),
+            )
+
+    def _source(self, how: str, n: int) -> str:
+        return f"{n} planted facts {how}"
+
+    def _add(
+        self, metric: str, group: str, found: Estimate, layer: Layer, parent: Layer | None = None, **keys: Any
+    ) -> None:
+        fields = {
+            "probe": "N7",
+            "metric": metric,
+            "group": group,
+            "unit": "1",
+            "dtype": dtype_of([layer]),
+            "template": "chat",
+            "cost": self.meter.cost(),
+            **of(layer, parent),
+            **found.fields("country"),
+        }
+        self.findings.append(Finding(**(fields | keys)))

@@ -1,0 +1,283 @@
+"""How well a reward model agrees with held-out people (M-1), beside what length alone and words alone
+would say.
+
+M-1 has no number in the list of probes; calibration is T1-7 carried over to pairs. A reward model is
+judged by pairs of conversations of which people rated one higher. Intervals redraw conversations, not
+pairs: a pair counts as often as its two conversations were drawn, multiplied.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from unmask.errors import UserError
+from unmask.probes.forward import Judge, dtype_of, judged
+from unmask.probes.probe import (
+    Estimate,
+    Finding,
+    Floats,
+    Meter,
+    Statistic,
+    codes,
+    estimate,
+    percentiles,
+    resampled,
+    verdict,
+    weighted_mean,
+)
+from unmask.stages.reward import through_stop
+from unmask.text.chat import Message, render
+
+ALPHAS = (1.0, 3.0, 10.0, 30.0)
+BINS = 10
+SIMULATIONS = 1000
+
+
+class Compared(NamedTuple):
+    """People preferred `chosen`. `chosen_from` and `rejected_from` name the conversations, equal if it
+    is one."""
+
+    chosen: Sequence[Message]
+    rejected: Sequence[Message]
+    chosen_from: Hashable
+    rejected_from: Hashable
+
+
+class Redraw:
+    """Pairs whose conversations are redrawn: the weight of a pair in a resample is the product of its
+    conversations' counts."""
+
+    def __init__(self, pairs: Sequence[Compared], seed: int) -> None:
+        ends = [*(pair.chosen_from for pair in pairs), *(pair.rejected_from for pair in pairs)]
+        code, self.units = codes(ends, len(ends))
+        self.a, self.b = np.split(code, 2)
+        self.pairs, self.seed = len(pairs), seed
+
+    def weights(self, drawn: Floats) -> Floats:
+        """(R, pairs) from how often each conversation was drawn (R, units)."""
+        return np.where(self.a == self.b, drawn[:, self.a], drawn[:, self.a] * drawn[:, self.b])
+
+    def samples(self, values: Floats, statistic: Statistic = weighted_mean) -> Floats:
+        return resampled(
+            lambda drawn: statistic(values, self.weights(drawn)), self.units, self.pairs, seed=self.seed
+        )
+
+    def estimate(self, values: Floats, statistic: Statistic = weighted_mean) -> Estimate:
+        value = float(statistic(values, np.ones((1, self.pairs)))[0])
+        return Estimate(
+            value, percentiles(self.samples(values, statistic)) if self.units > 1 else None, self.units
+        )
+
+
+def wins(chosen: Floats, rejected: Floats) -> Floats:
+    """1 where the chosen one scores higher, ½ where they tie, else 0."""
+    return np.asarray((chosen > rejected) + 0.5 * (chosen == rejected))
+
+
+def calibration_error(margins: Floats, weights: Floats) -> Floats:
+    """ECE of σ(margin) as the probability that people prefer the higher scored one: (R,).
+
+    Confidence σ(|margin|) against whether the chosen one scored higher, in BINS bins of equal mass;
+    weighted mean over bins of |share right − mean confidence|.
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    right = wins(margins, np.zeros_like(margins))
+    order = np.argsort(confidence, kind="stable")
+    total = np.zeros(len(weights))
+    for part in np.array_split(order, BINS):
+        total += np.abs(weights[:, part] @ (right - confidence)[part])
+    return np.asarray(total / weights.sum(1))
+
+
+def calibration_floor(margins: Floats, seed: int = 0) -> float:
+    """95th percentile of the error that a perfectly calibrated judge with these very confidences would
+    show."""
+    rng = np.random.default_rng(seed)
+    right = rng.random((SIMULATIONS, len(margins))) < 1 / (1 + np.exp(-np.abs(margins)))
+    errors = [_error(np.where(each, np.abs(margins), -np.abs(margins))) for each in right]
+    return float(np.percentile(errors, 95))
+
+
+def correlation(values: Floats, weights: Floats) -> Floats:
+    """Pearson's r of the two columns of values (N, 2), for each row of weights: (R,). NaN where one
+    does not vary."""
+    share = weights / weights.sum(1, keepdims=True)
+    x, y = values.T
+    centred = [x - (share @ x)[:, None], y - (share @ y)[:, None]]
+    (xx, xy), (_, yy) = [[(share * a * b).sum(1) for b in centred] for a in centred]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r: Floats = xy / np.sqrt(xx * yy)
+    return r
+
+
+def _error(margins: Floats) -> float:
+    return float(calibration_error(margins, np.ones((1, len(margins))))[0])
+
+
+def text_of(messages: Sequence[Message]) -> str:
+    """The words of a conversation, a line a turn: what the baselines read."""
+    return "\n".join(message["content"] for message in messages)
+
+
+def words_baseline(train: Sequence[tuple[str, float]], seed: int = 0) -> Callable[[Sequence[str]], Floats]:
+    """A ridge regression from TF-IDF of words and word pairs to ratings: fitted on (text, rating),
+    scores texts.
+
+    Its penalty is the best of ALPHAS on a fifth of the texts that was set aside, then all are used.
+    Needs scikit-learn (extra `demo`): UserError without it.
+    """
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import Ridge
+    except ImportError as error:
+        raise UserError("the baseline on words needs scikit-learn: pip install 'unmask[demo]'") from error
+    vectorizer = TfidfVectorizer(
+        ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r"\w+|[^\w\s]"
+    )
+    features, ratings = (
+        vectorizer.fit_transform([text for text, _ in train]),
+        np.array([rating for _, rating in train]),
+    )
+    order = np.random.default_rng(seed).permutation(len(train))
+    aside, rest = np.split(order, [max(1, len(train) // 5)])
+
+    def error_of(alpha: float) -> float:
+        fitted = Ridge(alpha=alpha).fit(features[rest], ratings[rest])
+        return float(np.square(fitted.predict(features[aside]) - ratings[aside]).mean())
+
+    best = Ridge(alpha=min(ALPHAS, key=error_of)).fit(features, ratings)
+    return lambda texts: np.asarray(best.predict(vectorizer.transform(texts)), dtype=np.float64)
+
+
+def reward_quality(
+    judge: Judge,
+    pairs: Mapping[str, Sequence[Compared]],
+    train: Sequence[tuple[str, float]] | None,
+    *,
+    floor_limit: int = 60,
+    seed: int = 0,
+) -> list[Finding]:
+    """For each group of held-out pairs (`all`, `equal_length`, …): `reward_accuracy`, beside
+    `reward_accuracy_length` (the one with more characters wins; ties count half) and
+    `reward_accuracy_words` (ridge on words and word pairs, fitted on `train`: text and rating, or text
+    and ±1); how far the judge is ahead of each; margin, calibration error of σ(margin), and how much of
+    the score is length. Without `train` there is no baseline on words.
+
+    The numeric floor is how far bfloat16 moves the same figure on the first `floor_limit` pairs;
+    `null_specific` of the calibration error is the 95th percentile of what a perfectly calibrated judge
+    would show with as many pairs.
+    """
+    baseline = words_baseline(train, seed) if train is not None else None
+    return [
+        finding
+        for group, compared in pairs.items()
+        for finding in _of_group(judge, group, compared, baseline, floor_limit, seed)
+    ]
+
+
+def _of_group(
+    judge: Judge,
+    group: str,
+    compared: Sequence[Compared],
+    baseline: Callable[[Sequence[str]], Floats] | None,
+    floor_limit: int,
+    seed: int,
+) -> Iterator[Finding]:
+    context = judge.model.config.max_position_embeddings
+    ids = [
+        [through_stop(render(judge.tokenizer, side)) for side in (pair.chosen, pair.rejected)]
+        for pair in compared
+    ]
+    fits = [max(map(len, both)) <= context for both in ids]
+    kept = [pair for pair, good in zip(compared, fits, strict=True) if good]
+    if len(kept) < 2:
+        raise UserError(
+            f"group {group!r} has {len(kept)} held-out pairs of at most {context} tokens: too few to judge by"
+        )
+    dropped = len(compared) - len(kept)
+    source = f"{len(kept)} held-out pairs" + (
+        f" ({dropped} beyond the context were dropped)" if dropped else ""
+    )
+    meter, redraw = Meter(), Redraw(kept, seed)
+    sides = [side for both, good in zip(ids, fits, strict=True) if good for side in both]
+    texts = [text_of(side) for pair in kept for side in (pair.chosen, pair.rejected)]
+    few = slice(0, 2 * floor_limit)
+    score, length = (
+        judged(judge, sides, meter=meter),
+        np.array([float(len(text.replace("\n", ""))) for text in texts]),
+    )
+    rounded = judged(judge, sides[few], meter=meter, bf16=True)
+
+    def margin(values: Floats) -> Floats:
+        return values[0::2] - values[1::2]
+
+    def accuracy(values: Floats) -> Floats:
+        return wins(values[0::2], values[1::2])
+
+    def moved(read: Callable[[Floats], Any]) -> float:
+        return abs(float(np.mean(read(rounded)) - np.mean(read(score[few]))))
+
+    def finding(metric: str, unit: str, found: Estimate, **keys: Any) -> Finding:
+        fields = {
+            "probe": "M-1",
+            "metric": metric,
+            "group": group,
+            "child": judge.name,
+            "child_hash": judge.hash or None,
+            "unit": unit,
+            "dtype": dtype_of([judge]),
+            "template": "chat",
+            "cost": meter.cost(),
+            "text_source": source,
+            **found.fields("conversation"),
+        }
+        return Finding(**(fields | keys))
+
+    right, floor = accuracy(score), moved(accuracy)
+    agrees = redraw.estimate(right)
+    yield finding(
+        "reward_accuracy",
+        "1",
+        agrees,
+        floor_numeric=floor,
+        null_specific=0.5,
+        verdict=verdict(agrees.ci95, zero=0.5, numeric=floor),
+    )
+    others = {"length": accuracy(length)} | ({"words": accuracy(baseline(texts))} if baseline else {})
+    for name, theirs in others.items():
+        yield finding(f"reward_accuracy_{name}", "1", redraw.estimate(theirs), null_specific=0.5, dtype=None)
+        ahead = redraw.estimate(right - theirs)
+        yield finding(
+            f"reward_accuracy_over_{name}",
+            "1",
+            ahead,
+            floor_numeric=floor,
+            verdict=verdict(ahead.ci95, numeric=floor),
+        )
+    yield finding("reward_margin", "log-odds", redraw.estimate(margin(score)), floor_numeric=moved(margin))
+
+    error, chance = redraw.estimate(margin(score), calibration_error), calibration_floor(margin(score), seed)
+    floor = moved(lambda values: _error(margin(values)))
+    if error.ci95 is not None and error.value is not None:
+        # Redrawing adds noise, which can only raise this error: so the interval is reflected about the value.
+        low, high = (2 * error.value - end for end in reversed(error.ci95))
+        error = error._replace(ci95=(max(0.0, low), max(0.0, high)))
+    yield finding(
+        "reward_calibration_error",
+        "1",
+        error,
+        floor_numeric=floor,
+        null_specific=chance,
+        verdict=verdict(error.ci95, numeric=max(floor, chance)),
+    )
+    owners = [owner for pair in kept for owner in (pair.chosen_from, pair.rejected_from)]
+    long = estimate(np.stack([score, length], 1), owners, correlation, seed=seed)
+    yield finding(
+        "reward_length_correlation",
+        "1",
+        long,
+        floor_numeric=abs(
+            float(np.corrcoef(rounded, length[few])[0, 1] - np.corrcoef(score[few], length[few])[0, 1])
+        ),
+    )
