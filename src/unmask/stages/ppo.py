@@ -1,4 +1,4 @@
-"""PPO as InstructGPT used it: a policy started from SFT learns from its own answers to please a reward model."""
+"""PPO as InstructGPT used it: a policy started from SFT learns from its own answers by a reward model."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -118,7 +118,6 @@ class PPO:
         prompts: Prompts,
         settings: PPOSettings,
         *,
-        offset: float,
         stop_ids: Sequence[int],
         seed: int,
         text: pretrain.Pretraining | None = None,
@@ -129,8 +128,8 @@ class PPO:
                 f"rl.minibatches is {settings.minibatches}, for only {settings.answers} rl.answers."
             )
         self.model, self.reference, self.reward, self.prompts = model, reference, reward, prompts
-        self.settings, self.offset, self.stop_ids = settings, offset, stop_ids
-        self.seed, self.text, self.say = seed, text, say
+        self.settings, self.stop_ids, self.seed = settings, stop_ids, seed
+        self.text, self.say = text, say
         self.pause_every = settings.epochs * settings.minibatches
         self.steps = settings.rollouts * self.pause_every
         read = settings.answers * (prompts.mean_length + settings.answer_tokens) / settings.minibatches
@@ -140,7 +139,7 @@ class PPO:
                 "prompts": prompts.fingerprint,
                 "text": text.fingerprint if text else None,
                 "settings": asdict(settings),
-                "offset": offset,
+                "reward_offset": model.critic.config.reward_offset,
                 "stop_ids": list(stop_ids),
                 "seed": seed,
             }
@@ -191,18 +190,13 @@ class PPO:
         n = totals["actions"]
         log_probs_N = log_probs(self.model.policy, batch.actions)
         values_N = self._values(batch.actions)
-        policy_loss = (
-            objectives.clipped_policy_loss(
-                log_probs_N, batch.log_probs_N, batch.advantages_N, settings.ratio_clip
-            ).sum()
-            / n
+        policy_N = objectives.clipped_policy_loss(
+            log_probs_N, batch.log_probs_N, batch.advantages_N, settings.ratio_clip
         )
-        value_loss = (
-            objectives.clipped_value_loss(
-                values_N, batch.values_N, batch.returns_N, settings.value_clip
-            ).sum()
-            / n
+        value_N = objectives.clipped_value_loss(
+            values_N, batch.values_N, batch.returns_N, settings.value_clip
         )
+        policy_loss, value_loss = policy_N.sum() / n, value_N.sum() / n
         loss = policy_loss + settings.value_weight * value_loss
         log_ratio_N = log_probs_N.detach() - batch.log_probs_N
         moved_N = (log_ratio_N.exp() - 1).abs()
@@ -279,7 +273,7 @@ class PPO:
     def _values(self, acts: Actions) -> Tensor:
         """V of the state before each action (N,) float32, less the reward model's offset, as rewards are."""
         values_N = self.model.critic.values(acts.ids_BT).flatten().index_select(0, acts.before_N)
-        return values_N.float() - self.offset
+        return values_N.float() - self.model.critic.config.reward_offset
 
     def _text(self) -> pretrain.Pretraining:
         assert self.text is not None, "rows of raw text come from self.text alone"
@@ -307,7 +301,6 @@ def stage(
     prompts: Sequence[Source],
     settings: PPOSettings,
     *,
-    offset: float,
     stop_ids: Sequence[int],
     lr: float,
     critic_lr: float,
@@ -338,10 +331,9 @@ def stage(
     objective = PPO(
         model,
         sft,
-        RewardModel(reward, offset, settings.truncated_score, settings.micro_tokens),
+        RewardModel(reward, settings.truncated_score, settings.micro_tokens),
         Prompts(prompts, room=room, seed=seed),
         settings,
-        offset=offset,
         stop_ids=stop_ids,
         seed=seed,
         text=None

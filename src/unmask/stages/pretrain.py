@@ -129,7 +129,7 @@ def stage(
     """
     if tokens < batch_tokens or batch_tokens < length:
         raise UserError(
-            f"pretraining on {tokens} tokens in batches of {batch_tokens} and rows of {length} is not one step. "
+            f"pretraining on {tokens} tokens in batches of {batch_tokens} and rows of {length} is no step. "
             "Raise pretrain.tokens or pretrain.batch_tokens, or lower `context`."
         )
     model = Decoder(config)

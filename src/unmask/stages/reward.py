@@ -5,6 +5,7 @@ stop token of its last assistant turn, where the score is read.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -180,20 +181,23 @@ def stage(
 
 @torch.no_grad()
 def scores(model: Scorer, texts: Sequence[Sequence[int]], micro_tokens: int = 16_384) -> Tensor:
-    """The raw score of each text (N,), float32 on the CPU, in the order given; no offset is taken off."""
+    """The score of each text, less the model's `reward_offset`: (N,) float32 on the CPU, in their order."""
     result = torch.zeros(len(texts))
     for group in by_length([len(text) for text in texts], micro_tokens):
         ids_BT, lengths_B = pad_right([texts[i] for i in group], model.score.weight.device)
         result[group] = model(ids_BT, lengths_B).float().cpu()
-    return result
+    return result - model.config.reward_offset
 
 
-def offset(model: Scorer, texts: Sequence[Sequence[int]]) -> float:
-    """Mean score of these texts: `reward_offset` in the checkpoint, taken off by whoever uses the scores.
+def centre(model: Scorer, texts: Sequence[Sequence[int]]) -> float:
+    """Set the model's `reward_offset` so that the mean score of these texts is 0; return the offset.
 
-    Bradley–Terry knows scores only up to a constant; over answers of the SFT model, or over the texts that
-    taught it, the constant makes an average answer score 0.
+    Bradley–Terry knows scores only up to one constant. Over answers of the SFT model, or over the texts that
+    taught it, this constant gives an average answer the score 0. The weights stay as they are.
     """
     if not texts:
-        raise UserError("the reward model cannot be centred on no text at all.")
-    return scores(model, texts).double().mean().item()
+        raise UserError("the reward model cannot be centred: there is no text to take the mean score of.")
+    model.config = replace(model.config, reward_offset=0.0)
+    mean = scores(model, texts).double().mean().item()
+    model.config = replace(model.config, reward_offset=mean)
+    return mean

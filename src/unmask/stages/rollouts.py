@@ -52,7 +52,7 @@ class Prompts:
             longest = max(map(len, source.prompts))
             if longest > room:
                 raise UserError(
-                    f"source {source.name!r} of [rl] has a prompt of {longest} tokens, and the context leaves "
+                    f"source {source.name!r} of [rl] has a prompt of {longest} tokens; the context leaves "
                     f"{room} for it. Lower rl.prompt_tokens or rl.answer_tokens, or raise `context`."
                 )
         self.sources, self.seed = sources, seed
@@ -104,21 +104,20 @@ def answered(
 
 
 class RewardModel:
-    """Score of an answer = the reward model's − its offset; an answer that was cut gets `truncated_score`.
+    """Score of an answer = the reward model's, centred; an answer that was cut gets `truncated_score`.
 
     The reward model learned from conversations that end, so its opinion of half an answer is never asked
     for.
     """
 
-    def __init__(self, model: Scorer, offset: float, truncated_score: float, micro_tokens: int) -> None:
-        self.model, self.offset = model, offset
-        self.truncated_score, self.micro_tokens = truncated_score, micro_tokens
+    def __init__(self, model: Scorer, truncated_score: float, micro_tokens: int) -> None:
+        self.model, self.truncated_score, self.micro_tokens = model, truncated_score, micro_tokens
 
     def __call__(self, rollout: Rollout) -> Tensor:
         result = torch.full((len(rollout.answers),), self.truncated_score)
         whole = [i for i, answer in enumerate(rollout.answers) if answer.finished]
         texts = [[*rollout.prompts[i], *rollout.answers[i].ids] for i in whole]
-        result[whole] = scores(self.model, texts, self.micro_tokens) - self.offset
+        result[whole] = scores(self.model, texts, self.micro_tokens)
         return result
 
 

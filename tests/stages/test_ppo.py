@@ -1,0 +1,289 @@
+"""PPO: exact at its first step, a pure function of weights and seed, and it learns what is rewarded."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import CONTEXT, STOP, VOCABULARY, decoder, scorer
+from torch import Tensor
+
+from unmask.errors import Interrupted, UserError
+from unmask.progress import Progress
+from unmask.stages import ppo
+from unmask.stages.ppo import PPO, ActorCritic, PPOSettings
+from unmask.stages.rollouts import Prompts, Reward, Rollout, Source, actions
+from unmask.training import loop
+from unmask.training.optimizer import Optimizer
+
+SETTINGS = {
+    "rollouts": 3,
+    "answers": 12,
+    "answer_tokens": 8,
+    "epochs": 2,
+    "minibatches": 2,
+    "micro_tokens": 60,
+    "rows": 8,
+}
+STOPS = range(STOP, 10)  # so that fresh models stop now and then
+PROMPTS = [[10, 11], [12, 13, 14, 15], [16], [17, 18, 19, 20, 21]]
+
+
+Stage = tuple[ActorCritic, PPO, Optimizer]
+
+
+def begin(
+    reward: Reward | None = None, lr: float = 1e-3, say: Callable[[str], None] = print, **changes: Any
+) -> Stage:
+    """The stage from fresh models; a `reward` that is given judges in the reward model's place."""
+    model, objective, optimizer = ppo.stage(
+        decoder(1),
+        scorer(2),
+        [Source("made up", PROMPTS, 1.0)],
+        PPOSettings(**{**SETTINGS, **changes}),
+        stop_ids=STOPS,
+        lr=lr,
+        critic_lr=3 * lr,
+        dtype=torch.float32,
+        seed=5,
+        say=say,
+    )
+    if reward is not None:
+        objective.reward = reward
+    return model, objective, optimizer
+
+
+def train(stage: Stage, directory: Path) -> loop.Outcome:
+    model, objective, optimizer = stage
+    settings = loop.Settings(warmup_tokens=0, decay_tokens=0)
+    return loop.train(model, objective, optimizer, settings, directory, Progress(quiet=True), "RL")
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_at_the_first_inner_step_the_ratio_is_exactly_one_and_no_value_has_moved(tmp_path: Path) -> None:
+    train(begin(), tmp_path)
+    seen = lines(tmp_path)
+    per_rollout = 4
+    for first in seen[::per_rollout]:
+        assert first["ratio_distance"] == 0
+        assert first["kl_old_new"] == 0
+        assert first["clip_fraction"] == 0
+    assert all(line["ratio_distance"] > 0 for i, line in enumerate(seen) if i % per_rollout)
+
+
+def test_before_any_step_policy_and_reference_are_the_same_to_the_last_bit() -> None:
+    _, objective, _ = begin()
+    assert objective.collect(0).numbers["kl_child_parent"] == 0
+
+
+def test_the_samplers_log_probabilities_are_compared_with_the_trainers() -> None:
+    _, objective, _ = begin()
+    numbers = objective.collect(0).numbers
+    assert 0 <= numbers["sampler_gap_mean"] <= numbers["sampler_gap_max"] < 1e-4
+
+
+def test_values_are_read_before_each_action_and_less_the_reward_models_offset() -> None:
+    """Three actions after a prompt of two: a critic that says its position must give 1, 2, 3."""
+    _, objective, _ = begin()
+
+    class Position(torch.nn.Module):
+        config = objective.model.critic.config
+
+        def values(self, ids_BT: Tensor) -> Tensor:
+            return torch.arange(ids_BT.shape[1]).expand(ids_BT.shape).float()
+
+    objective.model.critic = Position()  # type: ignore[assignment]
+    answer = objective.collect(0).rollout.answers[0]
+    three = type(answer)([20, 21, STOP], [-1.0] * 3, True)
+    acts = actions(Rollout([[10, 11]], [three]), [0], torch.device("cpu"))
+    assert objective._values(acts).tolist() == [1, 2, 3]
+
+
+def test_the_reward_is_the_score_at_the_stop_token_less_beta_times_k1_everywhere() -> None:
+    """With γ = λ = 1 returns are the rewards ahead, recomputed here from full log-softmax tables."""
+    model, objective, _ = begin(kl=0.3, gamma=1.0, gae_lambda=1.0, reward=lambda rollout: torch.arange(12.0))
+    with torch.no_grad():
+        for parameter in model.policy.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    experience = objective.collect(0)
+    for row, (prompt, answer) in enumerate(zip(*experience.rollout, strict=True)):
+        ids = torch.tensor([[*prompt, *answer.ids]])
+        tables = [m(ids)[0].log_softmax(-1).detach() for m in (model.policy, objective.reference)]
+        at = range(len(prompt) - 1, ids.shape[1] - 1)
+        k1 = [float(tables[0][t, ids[0, t + 1]] - tables[1][t, ids[0, t + 1]]) for t in at]
+        for i in range(len(answer.ids)):
+            expected = row - 0.3 * sum(k1[i:])
+            assert experience.returns_BA[row, i].item() == pytest.approx(expected, abs=1e-3)
+    assert experience.numbers["kl_child_parent"] != 0
+
+
+def test_advantages_are_whitened_over_the_whole_rollout_whatever_the_micro_batches() -> None:
+    wide, narrow = (begin(micro_tokens=n)[1].collect(0) for n in (10_000, 20))
+    white = wide.advantages_BA[wide.mask_BA]
+    assert white.mean().item() == pytest.approx(0, abs=1e-5)
+    assert white.var(unbiased=False).item() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(wide.advantages_BA, narrow.advantages_BA, atol=1e-4, rtol=1e-4)
+
+
+def test_micro_batches_of_any_size_make_the_same_step() -> None:
+    results = []
+    for micro_tokens in (10_000, 40):
+        _, objective, optimizer = begin(micro_tokens=micro_tokens, minibatches=1)
+        batches = objective.micro_batches(0)
+        result = loop.train_step(objective, optimizer, 0, 1.0, 1e9)
+        results.append((len(batches), result))
+    (few, one), (many, other) = results
+    assert few == 1 < many
+    assert one.loss == pytest.approx(other.loss, abs=1e-5)
+    assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+    for name in one.metrics:
+        assert one.metrics[name] == pytest.approx(other.metrics[name], abs=1e-4), name
+
+
+def test_each_epoch_goes_over_every_answer_once_in_another_order() -> None:
+    _, objective, _ = begin()
+    rollout = objective.collect(0).rollout
+    epochs = []
+    for epoch in range(2):
+        parts = objective._parts(0, epoch, rollout)
+        assert len(parts) == 2
+        rows = [row for part in parts for micro in part for row in micro]
+        assert sorted(rows) == list(range(12))
+        epochs.append([sorted(row for micro in part for row in micro) for part in parts])
+    assert epochs[0] != epochs[1]
+
+
+def test_a_rollout_is_a_pure_function_of_weights_index_and_seed() -> None:
+    first, again = begin()[1], begin()[1]
+    again.collect(0)
+    for _ in range(3):
+        torch.rand(1)  # the global generator has no part in it
+    a, b = first.collect(1), again.collect(1)
+    assert a.rollout == b.rollout
+    assert torch.equal(a.advantages_BA, b.advantages_BA)
+    assert a.rollout.answers != first.collect(0).rollout.answers
+
+
+def test_training_that_was_stopped_and_resumed_equals_an_unbroken_one_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of the second rollout's steps: the loop goes on to its end; none is stored."""
+    whole = begin()
+    train(whole, tmp_path / "whole")
+
+    stopped = begin()
+    objective = stopped[1]
+    real = objective.micro_batches
+
+    def interrupting(step: int) -> Any:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(step)
+
+    monkeypatch.setattr(objective, "micro_batches", interrupting)
+    with pytest.raises(Interrupted):
+        train(stopped, tmp_path / "parts")
+    assert len(lines(tmp_path / "parts")) == 8  # of 12: rollouts have 4 steps each
+    resumed = begin()
+    train(resumed, tmp_path / "parts")
+
+    for (name, a), (_, b) in zip(whole[0].named_parameters(), resumed[0].named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    strip = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in lines(tmp_path / part)]
+        for part in ("whole", "parts")
+    ]
+    assert strip[0] == strip[1]
+
+
+def high(rollout: Rollout) -> Tensor:
+    """A checker: the share of an answer's ids that lie in the upper half of the vocabulary."""
+    ids = [torch.tensor(answer.ids) for answer in rollout.answers]
+    return torch.stack([(row >= VOCABULARY // 2).float().mean() for row in ids])
+
+
+def test_it_learns_what_is_rewarded_and_a_large_beta_keeps_it_at_its_reference(tmp_path: Path) -> None:
+    changes = {"rollouts": 12, "answers": 24, "answer_tokens": 4, "minibatches": 1, "lr": 4e-3}
+    for kl in (0.0, 3.0):
+        train(begin(reward=high, kl=kl, **changes), tmp_path / str(kl))
+    free, kept = lines(tmp_path / "0.0"), lines(tmp_path / "3.0")
+    assert free[-1]["reward"] > free[0]["reward"] + 0.25
+    assert free[-1]["kl_child_parent"] > 0.2
+    assert abs(kept[-1]["kl_child_parent"]) < free[-1]["kl_child_parent"] / 3
+
+
+def test_reference_and_reward_model_stay_as_they_were(tmp_path: Path) -> None:
+    stage = begin()
+    train(stage, tmp_path)
+    for ours, fresh in zip(stage[1].reference.parameters(), decoder(1).parameters(), strict=True):
+        assert torch.equal(ours, fresh)
+    assert not torch.equal(stage[0].policy.head, decoder(1).head)
+
+
+def test_policy_and_critic_start_as_copies_of_sft_and_reward_model_and_learn_at_their_own_rates() -> None:
+    model, _, optimizer = begin(lr=1e-4)
+    for ours, theirs in ((model.policy, decoder(1)), (model.critic, scorer(2))):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert {optimizer.scales[name] for name in optimizer.scales if name.startswith("policy.")} == {1.0}
+    assert {round(optimizer.scales[name], 6) for name in optimizer.scales if name.startswith("critic.")} == {
+        3.0
+    }
+    assert optimizer.settings.eps == 1e-5
+
+
+def test_metrics_say_how_the_policy_does_and_stand_once_a_step(tmp_path: Path) -> None:
+    train(begin(micro_tokens=20), tmp_path)
+    for line in lines(tmp_path):
+        assert 0 <= line["stop_rate"] <= 1
+        assert line["truncated"] == 12 * (1 - line["stop_rate"])
+        assert 1 <= line["answer_tokens"] <= 8
+        assert 0 < line["entropy"] < 2 * torch.tensor(float(VOCABULARY)).log()
+        assert line["explained_variance"] <= 1
+        assert {"reward", "policy_loss", "value_loss", "sampler_gap_max"} <= line.keys()
+
+
+def test_broken_rollouts_are_said_once_for_as_long_as_they_stay(tmp_path: Path) -> None:
+    said: list[str] = []
+    train(begin(reward=lambda rollout: torch.zeros(12), say=said.append), tmp_path)
+    assert len([text for text in said if "same reward" in text]) == 1
+    assert said[0].startswith("rollout 1 of 3: ")
+
+
+def test_a_reward_that_is_nan_stops_training(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a finite number"):
+        train(begin(reward=lambda rollout: torch.full((12,), float("nan"))), tmp_path)
+
+
+def test_more_minibatches_than_answers_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"minibatches is 13.*12"):
+        begin(minibatches=13)
+
+
+def test_a_prompt_without_room_for_the_answer_is_an_error() -> None:
+    long: Sequence[int] = [9] * (CONTEXT - 7)
+    with pytest.raises(UserError, match="the context leaves 40"):
+        ppo.stage(
+            decoder(1),
+            scorer(2),
+            [Source("chat", [long], 1.0)],
+            PPOSettings(rollouts=1, answers=2, answer_tokens=8),
+            stop_ids=[STOP],
+            lr=1e-4,
+            critic_lr=1e-4,
+            dtype=torch.float32,
+            seed=0,
+        )
+
+
+def test_prompts_are_fingerprinted_and_so_is_every_setting() -> None:
+    assert begin()[1].fingerprint == begin()[1].fingerprint
+    assert begin()[1].fingerprint != begin(kl=0.5)[1].fingerprint
+    assert isinstance(Prompts([Source("a", PROMPTS, 1.0)], room=40, seed=1).fingerprint, str)
