@@ -1,0 +1,120 @@
+"""Chunked losses against float64 arithmetic on whole logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unmask.model import loss as loss_module
+from unmask.model import precision
+from unmask.model.loss import cross_entropy_sum, token_log_probs
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(37, 16, generator=generator).to(dtype).requires_grad_()
+    head = torch.randn(50, 16, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(0, 50, (37,), generator=generator)
+    weights = torch.rand(37, generator=generator) * (torch.rand(37, generator=generator) < 0.7)
+    return hidden, head, targets, weights
+
+
+def exact(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same inputs in float64, and every row's cross-entropy."""
+    hidden, head = (x.detach().double().requires_grad_() for x in (hidden, head))
+    return hidden, head, F.cross_entropy(hidden @ head.T, targets, reduction="none")
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 37, 1024])
+@pytest.mark.parametrize("weighted", [None, "float", "bool"])
+def test_cross_entropy_sum_and_its_gradients_equal_float64(chunk: int, weighted: str | None) -> None:
+    hidden, head, targets, weights = inputs()
+    weights_N = None if weighted is None else weights if weighted == "float" else weights > 0
+    loss = cross_entropy_sum(hidden, head, targets, weights_N, chunk)
+    assert (loss.dtype, loss.shape) == (torch.float32, ())
+    (loss * 0.3).backward()
+    hidden64, head64, rows = exact(hidden, head, targets)
+    expected = rows.sum() if weights_N is None else (rows * weights_N.double()).sum()
+    (expected * 0.3).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(hidden.grad.double(), hidden64.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(head.grad.double(), head64.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [5, 1024])
+def test_token_log_probs_and_their_gradients_equal_float64(chunk: int, temperature: float) -> None:
+    hidden, head, targets, weights = inputs()
+    log_probs = token_log_probs(hidden, head, targets, temperature, chunk)
+    assert (log_probs.dtype, log_probs.shape) == (torch.float32, (37,))
+    (log_probs * weights).sum().backward()
+    hidden64, head64, _ = exact(hidden, head, targets)
+    expected = -F.cross_entropy(hidden64 @ head64.T / temperature, targets, reduction="none")
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(log_probs.double(), expected, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(hidden.grad.double(), hidden64.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(head.grad.double(), head64.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradients_pass_a_numerical_check() -> None:
+    hidden, head, targets, weights = inputs(torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda h, w: cross_entropy_sum(h, w, targets, weights.double(), 8), (hidden, head)
+    )
+    assert torch.autograd.gradcheck(lambda h, w: token_log_probs(h, w, targets, 0.7, 8), (hidden, head))
+
+
+def test_a_tied_head_receives_the_gradients_of_both_its_uses() -> None:
+    _, head, targets, _ = inputs()
+    cross_entropy_sum(F.embedding(targets.roll(1), head), head, targets).backward()
+    head64 = head.detach().double().requires_grad_()
+    F.cross_entropy(head64[targets.roll(1)] @ head64.T, targets, reduction="sum").backward()
+    torch.testing.assert_close(head.grad.double(), head64.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_what_is_frozen_gets_no_gradient_and_the_other_keeps_its_own(frozen: str) -> None:
+    hidden, head, targets, _ = inputs()
+    (hidden if frozen == "hidden" else head).requires_grad_(False)
+    for function in (lambda: cross_entropy_sum(hidden, head, targets), lambda: -token_log_probs(hidden, head, targets).sum()):
+        hidden.grad = head.grad = None
+        function().backward()
+        hidden64, head64, rows = exact(hidden, head, targets)
+        rows.sum().backward()
+        free, free64 = (head, head64) if frozen == "hidden" else (hidden, hidden64)
+        torch.testing.assert_close(free.grad.double(), free64.grad, rtol=1e-4, atol=1e-6)
+        assert (hidden if frozen == "hidden" else head).grad is None
+
+
+def test_no_rows_and_no_weight_give_a_zero_loss_and_zero_gradients() -> None:
+    hidden, head, targets, _ = inputs()
+    (cross_entropy_sum(hidden, head, targets, torch.zeros(37)) + cross_entropy_sum(hidden[:0], head, targets[:0])).backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+    assert torch.equal(head.grad, torch.zeros_like(head))
+    assert token_log_probs(hidden[:0], head, targets[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bfloat16_hidden_states_give_a_float32_loss_and_bfloat16_gradients(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "processor_has_bfloat16", lambda: native)
+    hidden, head, targets, _ = inputs(torch.bfloat16)
+    loss = cross_entropy_sum(hidden, head, targets)
+    log_probs = token_log_probs(hidden, head, targets)
+    assert loss.dtype is log_probs.dtype is torch.float32
+    loss.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.dtype is torch.bfloat16
+    hidden64, _, rows = exact(hidden, head, targets)
+    rows.sum().backward()
+    torch.testing.assert_close(loss.double(), rows.sum(), rtol=5e-3, atol=0)
+    torch.testing.assert_close(-log_probs.double(), rows, rtol=0.02, atol=0.1)
+    torch.testing.assert_close(hidden.grad.double(), hidden64.grad, rtol=0.05, atol=0.05)
+
+
+def test_the_logits_of_a_chunk_are_bounded_whatever_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 100)
+    pieces = list(loss_module.chunks(7, 50, 1024))
+    assert pieces == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 7)]
+    assert list(loss_module.chunks(2, 1000, 1024)) == [slice(0, 1), slice(1, 2)]
