@@ -81,7 +81,8 @@ class Pretraining:
                 for source, row in drawn(step, self.batch_rows, self.sizes, shares, self.seed)
             ]
         )
-        return list(torch.from_numpy(rows).to(self.model.head.device).split(self.micro_rows))
+        ids = torch.from_numpy(rows).to(self.model.head.device)
+        return [ids[start : start + self.micro_rows] for start in range(0, len(ids), self.micro_rows)]
 
     def counts(self, batch: Tensor) -> dict[str, int]:
         return {"tokens": self.tokens(batch)}
