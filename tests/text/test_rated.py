@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from unmask.errors import UserError
 from unmask.text import rated
 from unmask.text.rated import Conversation, Window
+from unmask.text.sources import held_out
 
 
 def entry(*turns: list[str], ratings: dict[str, int] | None = None) -> dict[str, object]:
@@ -78,6 +79,12 @@ def test_the_split_is_exact_in_share_disjoint_and_stays_when_the_share_moves() -
         assert wide in ("held_out", narrow)  # a larger share only adds to what is held out
         assert rated.split(conversation, 0.0) != "held_out"
         assert rated.split(conversation, 1.0) == "held_out"
+
+
+@given(st.lists(st.text(), max_size=3), st.floats(0, 1))
+def test_what_is_held_out_of_the_pairs_is_held_out_of_raw_text(turns: list[str], share: float) -> None:
+    conversation = Conversation("c", tuple(turns), 8.0)
+    assert (rated.split(conversation, share) == "held_out") == held_out(conversation.text, share)
 
 
 def test_copies_of_a_conversation_stay_together_whatever_their_id_and_rating() -> None:
