@@ -1,7 +1,7 @@
 """The engine against the full forward pass: same tokens, same log-probabilities, whoever stands beside."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -11,31 +11,10 @@ from unmask.errors import UserError
 from unmask.generation import engine
 from unmask.generation.engine import Answer, generate, stream
 from unmask.generation.sampling import sample, uniforms
-from unmask.model.config import ModelConfig
 from unmask.model.decoder import Decoder
 
-VOCABULARY, CONTEXT = 61, 48
+VOCABULARY, CONTEXT = 61, 48  # as the fixtures have them
 STOPS = (2, 5, 9)
-
-
-def decoder(seed: int = 0, **changes: object) -> Decoder:
-    sizes: dict[str, object] = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": CONTEXT,
-    }  # fmt: skip
-    config = ModelConfig(**(sizes | changes))  # type: ignore[arg-type]
-    model = Decoder(config)
-    model.init_weights(torch.Generator().manual_seed(seed))
-    with torch.no_grad():  # embeddings large enough for the next token to hang on the whole context
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(6)
-    return model
-
-
-@pytest.fixture(scope="module")
-def model() -> Decoder:
-    return decoder()
 
 
 def prompts_of(n: int, seed: int = 1, longest: int = 20) -> list[list[int]]:
@@ -152,7 +131,9 @@ def test_neither_group_size_nor_shrinking_changes_an_answer(
 @pytest.mark.parametrize(
     "changes", [{"sliding_window": 4}, {"num_key_value_heads": 4, "tie_word_embeddings": False}]
 )
-def test_other_shapes_of_decoder_generate_as_they_read(changes: dict[str, object]) -> None:
+def test_other_shapes_of_decoder_generate_as_they_read(
+    decoder: Callable[..., Decoder], changes: dict[str, object]
+) -> None:
     model = decoder(**changes)
     prompts = prompts_of(5)
     answers = generate(model, prompts, max_new_tokens=15, stop_ids=(), temperature=0)
@@ -209,7 +190,7 @@ def test_a_stream_that_is_dropped_leaves_gradients_as_they_were(model: Decoder) 
     assert torch.is_grad_enabled()
 
 
-def test_a_model_can_be_trained_after_it_has_generated() -> None:
+def test_a_model_can_be_trained_after_it_has_generated(decoder: Callable[..., Decoder]) -> None:
     fresh = decoder()
     generate(fresh, [[1, 2]], max_new_tokens=2, stop_ids=())
     fresh(torch.tensor([[1, 2, 3]])).sum().backward()
@@ -247,7 +228,9 @@ def test_a_stream_complains_when_it_is_asked_for_and_not_at_its_first_token(mode
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_model_whose_logits_are_not_numbers_is_an_error_and_not_an_answer(temperature: float) -> None:
+def test_a_model_whose_logits_are_not_numbers_is_an_error_and_not_an_answer(
+    decoder: Callable[..., Decoder], temperature: float
+) -> None:
     broken = decoder()
     with torch.no_grad():
         broken.model.norm.weight.fill_(torch.nan)
