@@ -71,9 +71,9 @@ def installed_conversations() -> list[Conversation]:
 def split(conversation: Conversation, held_out: float = 0.2) -> Split:
     """Where a conversation belongs: a share that no layer sees, and of the rest two disjoint halves.
 
-    A pure function of the conversation's text, so that copies of a conversation stay together. What is held out
-    here is held out of raw text too: `sources.held_out` says the same of the same text and share. The halves do
-    not depend on the share.
+    A pure function of the conversation's text, so that copies of a conversation stay together. What is held
+    out here is held out of raw text too: `sources.held_out` says the same of the same text and share. The
+    halves do not depend on the share.
     """
     digest = hashlib.sha256(conversation.text.encode("utf-8", "surrogatepass")).digest()
     if int.from_bytes(digest[:8]) < held_out * 2**64:
