@@ -1,0 +1,1 @@
+"""From text to batches of tokens: sources, tokenizer, chat templates, shards, packing, order."""

@@ -1,0 +1,240 @@
+"""Conversations to token ids, by the model's own chat template: one function for training, evaluation and
+serving.
+
+The template never sees what was said. It renders placeholders; its own text alone is searched for control
+tokens; what was said is encoded as ordinary text and put in their place. So nobody can say a control token,
+and the template decides everything else, exactly as in `transformers.apply_chat_template`, whose ids these
+are. They differ from them in these cases only:
+
+- what was said holds a control token's name (ours stays text);
+- an assistant's turn begins with a line break that would have become one token with the header's: the
+  header is encoded by itself, so that an open turn is always a prefix of the finished one;
+- the template looks into what was said, other than at the white space around it (Qwen3 cuts thinking out of
+  earlier turns): here nothing is cut;
+- the tokenizer puts a BOS before every text and the template writes none: it is added here, once.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from unmask.errors import UserError, nearest
+from unmask.text.template import CHATML, render_text
+from unmask.text.tokenizer import Tokenizer
+
+__all__ = ["CHATML", "Message", "Rendered", "render", "to_messages"]
+
+Message = dict[str, str]  # role, content
+ROLES = ("system", "user", "assistant", "tool", "developer")
+_SHAREGPT = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+_FORMATS = "messages, conversations (ShareGPT), prompt and completion, or instruction and output (Alpaca)"
+_OPEN, _CLOSE = "\U000f0000", "\U000f0001"  # private characters around the number of a placeholder
+_PLACEHOLDER = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
+
+
+class Rendered(NamedTuple):
+    """`trained[i]`: whether ids[i] is what an assistant said, or the stop token after it."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+def render(tokenizer: Tokenizer, messages: Sequence[Message], *, open_turn: bool = False) -> Rendered:
+    """The ids of a conversation; with `open_turn`, up to where the assistant is about to speak.
+
+    Raises UserError for no messages, an unknown role, content that is no text, and what the template refuses.
+    """
+    if not messages:
+        raise UserError("a conversation needs at least one message.")
+    shape, said = [], []
+    for number, message in enumerate(messages):
+        role, content = message.get("role", ""), message.get("content")
+        if role not in ROLES:  # it becomes part of the template's text, where control tokens are looked for
+            raise UserError(f"message {number} has the role {role!r}; roles are {', '.join(ROLES)}.")
+        if not isinstance(content, str):
+            raise UserError(f"message {number} ({role}) has no text as its content.")
+        core = content.strip()
+        before, _, after = content.partition(core) if core else (content, "", "")
+        shape.append(_Shape(role, before, bool(core), after))
+        said.append(core)
+    ids: list[int] = []
+    trained: list[bool] = []
+    for part in _layout(tokenizer, tuple(shape), open_turn):
+        text = "".join(said[piece] if isinstance(piece, int) else piece for piece in part.pieces)
+        more = list(part.ids) if part.ids else tokenizer.encode(text)
+        ids += more
+        trained += [part.trained] * len(more)
+    return Rendered(ids, trained)
+
+
+class _Shape(NamedTuple):
+    """All of a message that the template sees: its role, and the white space around what was said."""
+
+    role: str
+    before: str
+    spoken: bool
+    after: str
+
+
+class _Part(NamedTuple):
+    """A stretch that is encoded as a whole: fixed `ids`, or template text and numbers of messages."""
+
+    ids: tuple[int, ...]
+    pieces: tuple[str | int, ...]
+    trained: bool
+
+
+@lru_cache(maxsize=4096)
+def _layout(tokenizer: Tokenizer, shape: tuple[_Shape, ...], open_turn: bool) -> tuple[_Part, ...]:
+    """What the template makes of messages of this shape, cut where encoding must not join.
+
+    Cuts are the control tokens, and the two ends of what the assistant said.
+    """
+    text = _fill(tokenizer, shape, open_turn)
+    places = {int(match[1]): match.span() for match in _PLACEHOLDER.finditer(text)}
+    for number, each in enumerate(shape):
+        if each.spoken and number not in places:
+            raise UserError(f"the chat template leaves out message {number} ({each.role}).")
+    spans = [
+        _assistant_span(tokenizer, shape, number, text, places.get(number))
+        for number, each in enumerate(shape)
+        if each.role == "assistant"
+    ]
+    cuts = sorted({0, len(text), *(place for span in spans for place in span)})
+    parts: list[_Part] = []
+    if tokenizer.bos is not None and not text.startswith(tokenizer.names[tokenizer.bos]):
+        parts.append(_Part((tokenizer.bos,), (), False))
+    for start, end in pairwise(cuts):
+        trained = any(first <= start and end <= last for first, last in spans)
+        done = start
+        for match in tokenizer.control_pattern.finditer(text, start, end):
+            parts += _text_part(tokenizer, text[done : match.start()], trained)
+            parts.append(_Part((tokenizer.control[match[0]],), (), trained))
+            done = match.end()
+        parts += _text_part(tokenizer, text[done:end], trained)
+    return tuple(parts)
+
+
+def _fill(tokenizer: Tokenizer, shape: Sequence[_Shape], open_turn: bool) -> str:
+    """The template's text for messages of this shape, with placeholders for what was said."""
+    messages = [
+        {
+            "role": each.role,
+            "content": each.before + (f"{_OPEN}{number}{_CLOSE}" if each.spoken else "") + each.after,
+        }
+        for number, each in enumerate(shape)
+    ]
+    return render_text(tokenizer.chat_template, messages, tokenizer.special_names, open_turn=open_turn)
+
+
+def _assistant_span(
+    tokenizer: Tokenizer, shape: tuple[_Shape, ...], number: int, text: str, place: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Where in `text` an assistant's turn is trained: from where it was opened to the end of its stop token.
+
+    Everything after the opening, as the template writes it for the same conversation with an open turn, is
+    for the model to say (Llama 2: a space too). Where the opening is not a beginning of the whole (the
+    template opens with more than it keeps), it starts at the placeholder. The stop is the control token
+    after what was said; a template that writes none gets no stop.
+    """
+    said = place or (len(text), len(text))
+    start = said[0]
+    try:
+        opening = _fill(tokenizer, shape[:number], open_turn=True)
+    except UserError:  # no template has to accept a conversation that is cut here
+        opening = _OPEN
+    between = text[len(opening) : said[0]]
+    if text.startswith(opening) and len(opening) <= said[0] and (place is None or _OPEN not in between):
+        start = len(opening)
+    spoken_to = said[1] if place else start
+    stop = tokenizer.control_pattern.search(text, spoken_to)
+    if stop and not text[spoken_to : stop.start()].strip():
+        return start, stop.end()
+    return start, spoken_to
+
+
+def _text_part(tokenizer: Tokenizer, text: str, trained: bool) -> list[_Part]:
+    """The template's text without control tokens as a part; none for no text."""
+    split = _PLACEHOLDER.split(text)  # text, number, text, number, …, text
+    pieces = tuple(int(piece) if i % 2 else piece for i, piece in enumerate(split) if piece)
+    if not pieces:
+        return []
+    if len(split) > 1:
+        return [_Part((), pieces, trained)]
+    return [_Part(tuple(tokenizer.encode(text)), (), trained)]
+
+
+def to_messages(row: Mapping[str, Any], where: str) -> list[Message]:
+    """The conversation that a row of a data set holds, in one of these formats:
+
+    `messages`; ShareGPT's `conversations`; `prompt` and `completion` (texts or messages); Alpaca's
+    `instruction`, `input` and `output`. Raises UserError beginning with `where` if it is none of them, if
+    content is missing or no text, a role unknown, or if no assistant says anything.
+    """
+    if "messages" in row:
+        messages = messages_of(row["messages"], where, "messages")
+    elif "conversations" in row:
+        messages = messages_of(row["conversations"], where, "conversations")
+    elif "prompt" in row and "completion" in row:
+        messages = messages_of(row["prompt"], where, "prompt", "user")
+        messages += messages_of(row["completion"], where, "completion", "assistant")
+    elif "instruction" in row and "output" in row:
+        given = [row.get("system"), row["instruction"], row["output"]]
+        more = row.get("input")
+        if more:
+            given[1] = f"{given[1]}\n\n{more}"
+        roles = ("system", "user", "assistant")
+        messages = [
+            _message(role, content, f"{where}: {role}")
+            for role, content in zip(roles, given, strict=True)
+            if role != "system" or content
+        ]
+    else:
+        raise UserError(f"{where}: no conversation among {sorted(row)}. Known formats: {_FORMATS}.")
+    if not any(message["role"] == "assistant" and message["content"] for message in messages):
+        raise UserError(f"{where}: no assistant says anything, so there is nothing to learn. Remove the row.")
+    return messages
+
+
+def messages_of(value: Any, where: str, key: str, role: str | None = None) -> list[Message]:
+    """Messages from a list of them (OpenAI's role/content or ShareGPT's from/value), from a single one, or,
+    where a `role` is given, from a text that is said in it. UserError names `where`, `key` and what is
+    wrong."""
+    if isinstance(value, str) and role:
+        return [_message(role, value, f"{where}: {key}")]
+    values = [value] if isinstance(value, dict) else value
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{where}: {key} is {_kind(value)}; it must be a list of messages.")
+    found = []
+    for number, each in enumerate(values):
+        place = f"{where}: {key}[{number}]"
+        if not isinstance(each, dict):
+            raise UserError(f"{place} is {_kind(each)}; a message is an object with role and content.")
+        said_by = each.get("role", each.get("from"))
+        known = _SHAREGPT if "role" not in each else {role: role for role in ROLES}
+        if not isinstance(said_by, str) or said_by not in known:
+            hint = nearest(str(said_by), known)
+            raise UserError(f"{place} has the role {said_by!r}; roles are {', '.join(known)}.{hint}")
+        found.append(_message(known[said_by], each.get("content", each.get("value")), place))
+    return found
+
+
+def _message(role: str, content: Any, place: str) -> Message:
+    if not isinstance(content, str):
+        raise UserError(f"{place}: the content is {_kind(content)}; it must be text.")
+    return {"role": role, "content": content}
+
+
+def _kind(value: Any) -> str:
+    return "missing or null" if value is None else "empty" if value == [] else f"a {type(value).__name__}"

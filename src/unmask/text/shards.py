@@ -1,0 +1,140 @@
+"""Token shards: a source's documents as one long stream of ids on disk, memory-mapped.
+
+A directory holds `tokens.bin` (uint16 or, for a vocabulary above 65,536, uint32; little endian),
+`documents.bin` (for each document two uint64: its first token, and the UTF-8 bytes of its text) and
+`index.json` (sizes, hashes, and the fingerprint over all of it and the tokenizer). Every document begins
+with the end-of-text token.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unmask.errors import UserError
+from unmask.files import atomic_directory, hash_json, sha256_file
+from unmask.text.tokenizer import Tokenizer
+
+_FORMAT = 1
+_AT_ONCE = 4_000_000  # characters that are encoded together
+
+
+class Shards:
+    """The tokens of a source. `tokens`, `documents`: how many there are; `empty`: how many documents were
+    left out because they had no text; `fingerprint`: a hash of tokens, documents and tokenizer;
+    `tokenizer`: its hash; `document_bytes`: the UTF-8 bytes of each document's text, (documents,)."""
+
+    def __init__(
+        self, index: dict[str, Any], ids: NDArray[Any], starts: NDArray[Any], sizes: NDArray[Any]
+    ) -> None:
+        self._ids, self._starts = ids, starts
+        self.document_bytes = sizes
+        self.tokens, self.documents = len(ids), len(starts)
+        self.empty: int = index["empty"]
+        self.fingerprint: str = index["fingerprint"]
+        self.tokenizer: str = index["tokenizer"]
+
+    @staticmethod
+    def open(directory: Path, verify: bool = False) -> "Shards":
+        """Map the shards of a directory. UserError names the file that is missing, truncated or changed.
+
+        Without `verify` the tokens' hash is not computed (the sizes are compared, and everything else is
+        hashed).
+        """
+        path = directory / "index.json"
+        try:
+            index = json.loads(path.read_bytes())
+            fingerprint = index.pop("fingerprint")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error!r}). {_MEND}") from error
+        if hash_json(index) != fingerprint:
+            raise UserError(f"{path} was changed after it was written. {_MEND}")
+        if index["format"] != _FORMAT:
+            raise UserError(
+                f"{path} has format {index['format']}; this version reads format {_FORMAT}. {_MEND}"
+            )
+        for name, size in (("tokens.bin", np.dtype(index["dtype"]).itemsize * index["tokens"]),
+                           ("documents.bin", 16 * index["documents"])):  # fmt: skip
+            file = directory / name
+            actual = file.stat().st_size if file.is_file() else None
+            if actual != size:
+                found = "is missing" if actual is None else f"has {actual} bytes, not {size}"
+                raise UserError(f"{file} {found}. {_MEND}")
+            if (verify or name == "documents.bin") and sha256_file(file) != index["sha256"][name]:
+                raise UserError(f"{file} was changed after it was written (its SHA-256 differs). {_MEND}")
+        table = np.fromfile(directory / "documents.bin", dtype="<u8").reshape(-1, 2).astype(np.int64)
+        ids = np.memmap(directory / "tokens.bin", dtype=index["dtype"], mode="r")
+        return Shards({**index, "fingerprint": fingerprint}, ids, table[:, 0], table[:, 1])
+
+    def document(self, i: int) -> NDArray[np.int64]:
+        """The ids of document i, (T,), its end-of-text token first."""
+        end = self._starts[i + 1] if i + 1 < self.documents else self.tokens
+        return self._ids[self._starts[i] : end].astype(np.int64)
+
+    def rows(self, length: int) -> int:
+        """How many rows of `length` inputs with their targets there are: windows of length + 1 tokens that
+        overlap by one, so that every token but the first is a target once. What is left at the end is not
+        used."""
+        return (self.tokens - 1) // length
+
+    def row(self, i: int, length: int) -> NDArray[np.int64]:
+        """Row i: length + 1 ids."""
+        assert 0 <= i < self.rows(length), i
+        return self._ids[i * length : (i + 1) * length + 1].astype(np.int64)
+
+
+def build(directory: Path, documents: Iterable[str], tokenizer: Tokenizer) -> Shards:
+    """Encode documents into a new directory, whole or not at all. Those without text are left out and
+    counted.
+
+    UserError if the directory exists already or no document has text.
+    """
+    dtype = "<u2" if tokenizer.vocabulary <= 2**16 else "<u4"
+    table: list[tuple[int, int]] = []
+    tokens = empty = 0
+    with atomic_directory(directory) as temporary:
+        with (temporary / "tokens.bin").open("wb") as file:
+            for texts in _together(documents):
+                for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+                    if not ids:
+                        empty += 1
+                        continue
+                    table.append((tokens, len(text.encode("utf-8", "replace"))))
+                    file.write(np.array([tokenizer.end_of_text, *ids], dtype=dtype).tobytes())
+                    tokens += 1 + len(ids)
+        if not table:
+            raise UserError(f"there is no text for {directory}: all {empty} documents are empty.")
+        np.array(table, dtype="<u8").tofile(temporary / "documents.bin")
+        index = {
+            "format": _FORMAT,
+            "dtype": dtype,
+            "tokens": tokens,
+            "documents": len(table),
+            "bytes": sum(size for _, size in table),
+            "empty": empty,
+            "tokenizer": tokenizer.hash,
+            "sha256": {name: sha256_file(temporary / name) for name in ("tokens.bin", "documents.bin")},
+        }
+        index["fingerprint"] = hash_json(index)
+        (temporary / "index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    return Shards.open(directory)
+
+
+_MEND = "Delete this folder and prepare the data again."
+
+
+def _together(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Documents in lists that are worth several threads, and small beside the memory."""
+    texts: list[str] = []
+    size = 0
+    for text in documents:
+        texts.append(text)
+        size += len(text)
+        if size >= _AT_ONCE:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts
