@@ -38,11 +38,11 @@ class Checkpoint:
     def open(path: str | Path) -> "Checkpoint":
         """Raises UserError if there is no checkpoint, or its record or config cannot be understood."""
         path = Path(path)
-        if not (path / "config.json").is_file():
+        if not (path / weights.CONFIG).is_file():
             raise UserError(_no_checkpoint(path))
         file = path / records.FILE
         found = records.read(file) if file.exists() else None
-        return Checkpoint(path, found, contents.read_json(path / "config.json"))
+        return Checkpoint(path, found, weights.read_json(path / weights.CONFIG))
 
     @property
     def record(self) -> Record | None:

@@ -1,6 +1,5 @@
 """What a checkpoint holds, as hashes: of each tensor (not file), tokenizer, template and configuration."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,7 @@ from unmask.model import weights
 from unmask.model.config import ModelConfig
 from unmask.text.tokenizer import Tokenizer
 
-# What transformers adds to config.json when it saves a model again, and the values by which it says nothing.
-INERT: dict[str, Any] = {
-    "attention_dropout": 0.0,
-    "initializer_range": 0.02,
-    "max_window_layers": 28,
-    "use_cache": True,
-    "use_sliding_window": False,
-}
-NAMES_OF_TOOLS = ("transformers_version", "_name_or_path")
+NAMES_OF_TOOLS = ("transformers_version", "_name_or_path")  # in config.json: who saved it, not what it is
 
 
 def hashes(directory: Path) -> dict[str, Any]:
@@ -30,7 +21,7 @@ def hashes(directory: Path) -> dict[str, Any]:
         "tensors": weights.tensor_hashes(directory),
         "tokenizer": tokenizer.hash,
         "template": tokenizer.template_hash,
-        "config": config_hash(read_json(directory / "config.json")),
+        "config": config_hash(weights.read_json(directory / weights.CONFIG)),
     }
 
 
@@ -40,14 +31,13 @@ def config_hash(config: Mapping[str, Any]) -> str:
     What our reader understands is hashed in one spelling, every other key as it stands.
     """
     try:
-        known = ModelConfig.from_hf(config).to_hf()
+        known = ModelConfig.from_hf(config).to_hf(str(config.get("dtype") or config.get("torch_dtype")))
     except UserError:  # an architecture of another house, or an edit that makes no sense
         known = {}
-    absent = object()
     rest = {
         key: value
         for key, value in config.items()
-        if known.get(key, absent) != value and INERT.get(key, absent) != value and key not in NAMES_OF_TOOLS
+        if not (key in known and known[key] == value) and key not in NAMES_OF_TOOLS
     }
     return hash_json([known, rest])
 
@@ -81,24 +71,14 @@ def differences(directory: Path, record: Record, *, writes: bool) -> list[str]:
             found += _stop_differences(directory / "generation_config.json", tokenizer)
     except UserError as error:
         found.append(str(error))
-    path = directory / "config.json"
-    found += _difference("configuration", path, config_hash(read_json(path)), record.config)
+    path = directory / weights.CONFIG
+    found += _difference("configuration", path, config_hash(weights.read_json(path)), record.config)
     return found
 
 
 def short(digest: str) -> str:
     """Enough of a hash for people to compare."""
     return digest[:12]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}). Restore it from a copy.") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object. Restore it from a copy.")
-    return found
 
 
 def _difference(what: str, path: Path, now: str, then: str) -> list[str]:
@@ -130,7 +110,7 @@ def _stop_differences(path: Path, tokenizer: Tokenizer) -> list[str]:
     expected = generation_config(tokenizer)["eos_token_id"]
     if not path.is_file():
         return [f"{path} is missing: other tools would not stop at the end of a turn."]
-    stops = read_json(path).get("eos_token_id")
+    stops = weights.read_json(path).get("eos_token_id")
     return (
         []
         if stops == expected
@@ -144,7 +124,5 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _file_of(directory: Path, tensor: str) -> Path:
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        return directory / "model.safetensors"
-    return directory / str(read_json(index).get("weight_map", {}).get(tensor, index.name))
+    files = weights.weight_files(directory)
+    return next(path for path, names in files.items() if names is None or tensor in names)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from unmask.errors import UserError
 from unmask.files import atomic_directory
@@ -54,7 +55,13 @@ def write_checkpoint(
     if parent is not None:
         _refuse(name, tokenizer, parent)
     with atomic_directory(path) as directory:
-        weights.save(directory, model, dtype=dtype)
+        try:
+            weights.save(directory, model, dtype=dtype)
+        except SafetensorError as error:  # not an OSError, even where the disk is full
+            raise UserError(
+                f"cannot write the weights of {path}: {error}. Make room or choose another directory; "
+                "nothing of this checkpoint was left behind, and what was there before is untouched."
+            ) from error
         tokenizer.save(directory)
         if isinstance(model, Decoder):
             stops = json.dumps(contents.generation_config(tokenizer), indent=2) + "\n"
