@@ -214,7 +214,7 @@ def _metrics_line(state: State, result: StepResult, scale: float) -> dict[str, A
 def _why_hopeless(title: str, state: State, result: StepResult) -> str:
     return (
         f"{title}: loss or gradient was not finite for {_HOPELESS} steps in a row, up to step {state.step} "
-        f"(loss {result.loss}, gradient norm {result.grad_norm}). Lower the learning rate, or look at the data."
+        f"(loss {result.loss}, gradient norm {result.grad_norm}). Lower the learning rate or mend the data."
     )
 
 

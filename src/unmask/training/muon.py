@@ -45,9 +45,13 @@ class Muon:
         dtype: torch.dtype,
     ) -> None:
         self.matrices = dict(matrices)
-        self.momenta = {name: torch.zeros_like(matrix) for name, matrix in matrices.items()}
+        self._momenta = {name: torch.zeros_like(matrix) for name, matrix in matrices.items()}
         self._rates = dict(rates)
         self._momentum, self._weight_decay, self._dtype = momentum, weight_decay, dtype
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state, by name. Not copied."""
+        return {f"momentum/{name}": momentum for name, momentum in self._momenta.items()}
 
     @torch.no_grad()
     def step(self, lr_scale: float) -> None:
@@ -65,7 +69,7 @@ class Muon:
 
     def _advance(self, name: str) -> Tensor:
         """Move the momentum towards the gradient; return Nesterov's look ahead."""
-        grad, momentum = self.matrices[name].grad, self.momenta[name]
+        grad, momentum = self.matrices[name].grad, self._momenta[name]
         assert grad is not None
         momentum.lerp_(grad, 1 - self._momentum)
         return grad.lerp(momentum, self._momentum)

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from unmask.training.adamw import AdamW
 from unmask.training.muon import Muon
 from unmask.training.parallel import compute_dtype
-
-_ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Optimizer:
         self.scales = {name: scale_of(name) for name in self.masters}
 
         matrices = {name: master for name, master in self.masters.items() if _inside_layers(name, master)}
-        by_muon = matrices if settings.matrix_lr is not None else {}
+        by_muon = {} if settings.matrix_lr is None else matrices
         matrix_lr = settings.matrix_lr or 0.0
         self.muon = Muon(
             by_muon,
@@ -64,16 +63,12 @@ class Optimizer:
             settings.weight_decay,
             _product_dtype(by_muon),
         )
-        groups: dict[tuple[float, float], list[Tensor]] = {}  # by rate and decay
-        for name, master in self.masters.items():
-            if name not in by_muon:
-                decay = settings.weight_decay if name in matrices else 0.0
-                groups.setdefault((settings.lr * self.scales[name], decay), []).append(master)
-        self.adamw = torch.optim.AdamW(
-            [{"params": g, "rate": rate, "weight_decay": decay} for (rate, decay), g in groups.items()],
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=True,
+        self.adamw = AdamW(
+            {name: master for name, master in self.masters.items() if name not in by_muon},
+            {name: settings.lr * scale for name, scale in self.scales.items()},
+            {name: settings.weight_decay if name in matrices else 0.0 for name in self.masters},
+            settings.betas,
+            settings.eps,
         )
 
     def zero_grad(self) -> None:
@@ -89,32 +84,24 @@ class Optimizer:
 
     def step(self, lr_scale: float) -> None:
         """One update at lr_scale times the rates of the settings."""
-        for group in self.adamw.param_groups:
-            group["lr"] = group["rate"] * lr_scale
-        self.adamw.step()
+        self.adamw.step(lr_scale)
         self.muon.step(lr_scale)
         self._round_into_copies()
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name: masters and state. Not copied."""
-        state = {f"master/{name}": master.detach() for name, master in self.masters.items()}
-        state |= {f"muon/momentum/{name}": momentum for name, momentum in self.muon.momenta.items()}
-        for name, master in self.masters.items():
-            for key, value in self.adamw.state.get(master, {}).items():  # empty before the first step
-                state[f"adamw/{key}/{name}"] = value
-        return state
+        parts = {
+            "master": {name: master.detach() for name, master in self.masters.items()},
+            "muon": self.muon.tensors(),
+            "adamw": self.adamw.tensors(),
+        }
+        return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go back to what `tensors()` returned, for a model of the same parameters."""
-        for name, master in self.masters.items():
-            master.copy_(tensors[f"master/{name}"])
-            if name in self.muon.momenta:
-                self.muon.momenta[name].copy_(tensors[f"muon/momentum/{name}"])
-            elif f"adamw/step/{name}" in tensors:
-                self.adamw.state[master] = {
-                    key: tensors[f"adamw/{key}/{name}"].to(master.device, copy=True) for key in _ADAMW_STATE
-                }
+        """Go back to what `tensors()` was, for a model of the same parameters."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
         self._round_into_copies()
 
     def restore(self, model: nn.Module) -> None:

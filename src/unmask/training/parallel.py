@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from unmask.errors import UserError
+from unmask.model.precision import processor_has_bfloat16
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -37,21 +38,16 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively, else float32.
-
-    On CPUs this asks for AVX512-BF16, which every processor with AMX-BF16 has too; without it bfloat16
-    products are up to 50 times slower than float32. Other processors (aarch64, MPS) compute in float32.
-    """
+    """bfloat16 where the processor multiplies it natively, else float32 (MPS too: best effort)."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # torch.cpu.get_capabilities() would be the public question, but torch 2.10 does not have it.
-        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        fast = device.type == "cpu" and processor_has_bfloat16()
     return torch.bfloat16 if fast else torch.float32
 
 
 def describe(device: torch.device) -> str:
-    """The machine in words, for banners and records: "2 cores of AMD EPYC, float32 (no fast bfloat16)"."""
+    """The machine in words, for banners and records: "2 cores of AMD EPYC, bfloat16"."""
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     elif device.type == "mps":
@@ -61,7 +57,7 @@ def describe(device: torch.device) -> str:
         where = f"{threads} core{'s' if threads > 1 else ''} of {_processor()}"
     if compute_dtype(device) == torch.bfloat16:
         return f"{where}, bfloat16"
-    return f"{where}, float32 (no fast bfloat16)"
+    return f"{where}, float32 (no bfloat16 instructions)"
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

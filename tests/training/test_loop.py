@@ -1,0 +1,419 @@
+"""The training loop: what a step computes, and that nothing that happens on the way changes the result."""
+
+import math
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from toy import LENGTH, RATES, ROWS, SETTINGS, Net, Toy, in_a_process, random_toy, run
+
+from unmask.errors import Interrupted, UserError
+from unmask.files import lock, read_json_lines
+from unmask.model.config import ModelConfig
+from unmask.model.decoder import Decoder
+from unmask.model.loss import cross_entropy_sum
+from unmask.progress import Progress
+from unmask.training import snapshot
+from unmask.training.loop import train, train_step
+from unmask.training.optimizer import Optimizer, OptimizerSettings
+
+
+def series(directory: Path) -> list[dict[str, Any]]:
+    """The metrics file without its clock."""
+    lines = read_json_lines(directory / "metrics.jsonl")
+    return [{name: line[name] for name in line if name != "seconds"} for line in lines]
+
+
+def assert_same_training(a: tuple[Path, Optimizer], b: tuple[Path, Optimizer]) -> None:
+    """Bit for bit: weights, optimizer state, every line of metrics."""
+    ours, theirs = a[1].tensors(), b[1].tensors()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    assert series(a[0]) == series(b[0])
+
+
+# A step
+
+
+@pytest.mark.parametrize("rates", [RATES, replace(RATES, matrix_lr=None)], ids=["muon", "adamw"])
+def test_micro_batches_do_not_change_a_step(rates: OptimizerSettings) -> None:
+    """(8 rows, 1 micro-batch) and (1 row, 8 micro-batches, two of them empty) are the same training."""
+    results = []
+    for micro in (8, 1):
+        toy = Toy(Net().double(), micro=micro)
+        optimizer = Optimizer(toy.net, rates, torch.float64)
+        results.append([train_step(toy, optimizer, step, 1.0, 1.0) for step in range(6)])
+    for whole, parts in zip(*results, strict=True):
+        assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+        assert parts.grad_norm == pytest.approx(whole.grad_norm, rel=1e-6)
+        assert parts.metrics == pytest.approx(whole.metrics, rel=1e-6)
+        assert parts.tokens == whole.tokens == ROWS * LENGTH
+
+
+def test_the_loss_is_the_mean_over_all_counted_tokens_of_the_step() -> None:
+    toy = Toy(Net(), micro=2)
+    ids, counted = toy.rows(0)
+    expected = F.cross_entropy(toy.net(ids[:, :-1])[counted], ids[:, 1:][counted]).item()
+    result = train_step(toy, Optimizer(toy.net, RATES), 0, 1.0, 1.0)
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+    assert result.metrics["nats"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_micro_batch_in_which_nothing_counts_has_no_gradient() -> None:
+    toy = Toy(Net(), micro=1)
+    optimizer = Optimizer(toy.net, RATES)
+    empty = toy.micro_batches(0)[0]
+    assert toy.counts(empty) == {"tokens": 0}
+    loss, _ = toy.loss(empty, {"tokens": 24})
+    torch.autograd.backward(loss)
+    assert loss.item() == 0
+    assert all(
+        torch.equal(master.grad, torch.zeros_like(master))
+        for master in optimizer.masters.values()
+        if master.grad is not None
+    )
+
+
+def test_metrics_have_a_line_a_step_with_tokens_rate_and_norm(tmp_path: Path) -> None:
+    outcome, _ = run(tmp_path, Toy(Net()))
+    lines = read_json_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["tokens"] for line in lines] == [48 * n for n in range(1, 7)]
+    assert [line["lr_scale"] for line in lines] == pytest.approx([0.25, 0.75, 1, 1, 0.75, 0.25])
+    assert all(line["grad_norm"] > 0 and line["nats"] == pytest.approx(line["loss"]) for line in lines)
+    seconds = [line["seconds"] for line in lines]
+    assert seconds == sorted(seconds)
+    assert (outcome.steps, outcome.tokens, outcome.skipped_steps) == (6, 288, 0)
+    assert outcome.metrics["loss"] == {"last": lines[-1]["loss"], "mean": lines[-1]["loss"]}
+    assert outcome.seconds == pytest.approx(seconds[-1], abs=1e-3)
+    assert outcome.peak_bytes > 50 << 20
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    class Same(Toy):
+        def rows(self, step: int) -> tuple[Tensor, Tensor]:
+            return super().rows(0)
+
+    run(tmp_path, Same(Net(), steps=40), replace(SETTINGS, snapshot_seconds=1e9))
+    lines = read_json_lines(tmp_path / "metrics.jsonl")
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+
+
+class NextToken:
+    """The decoder on rows of one period, in halves: what a stage does, in short."""
+
+    steps, tokens_per_step, pause_every, fingerprint = 12, 64, 1, "periods"
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+
+    def micro_batches(self, step: int) -> Sequence[Tensor]:
+        starts = torch.arange(4)[:, None] + step
+        return ((starts + torch.arange(17)) % 8 * 7).split(2)
+
+    def counts(self, batch: Tensor) -> dict[str, int]:
+        return {"tokens": batch[:, 1:].numel()}
+
+    def loss(self, batch: Tensor, totals: dict[str, int]) -> tuple[Tensor, dict[str, Tensor | float]]:
+        hidden = self.model.hidden(batch[:, :-1]).flatten(0, 1)
+        return cross_entropy_sum(hidden, self.model.head, batch[:, 1:].flatten()) / totals["tokens"], {}
+
+    def tokens(self, batch: Tensor) -> int:
+        return batch[:, 1:].numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_decoder_trains_from_ln_v_and_keeps_float32_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = Decoder(ModelConfig.from_depth(2, vocabulary=64, context=16))
+    model.init_weights(torch.Generator().manual_seed(0))
+    optimizer = Optimizer(model, RATES, dtype)
+    settings = replace(SETTINGS, warmup_tokens=0, snapshot_seconds=1e9)
+    outcome = train(model, NextToken(model), optimizer, settings, tmp_path, Progress(quiet=True), "base")
+    losses = [line["loss"] for line in read_json_lines(tmp_path / "metrics.jsonl")]
+    assert losses[0] == pytest.approx(math.log(64), abs=0.3)
+    assert losses[-1] < 0.7 * losses[0]
+    assert outcome.metrics["loss"]["last"] == losses[-1]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(model.model.embed_tokens.weight, optimizer.masters["model.embed_tokens.weight"])
+
+
+# Steps that are not finite
+
+
+class Poisoned(Toy):
+    poison: frozenset[int] = frozenset()
+    in_gradient_only = False
+
+    def loss(
+        self, batch: tuple[Tensor, Tensor], totals: dict[str, int]
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        loss, metrics = super().loss(batch, totals)
+        if self.seen[-1] in self.poison:
+            loss = loss + (0 * loss).sqrt() if self.in_gradient_only else loss * float("nan")
+        return loss, metrics
+
+
+@pytest.mark.parametrize("in_gradient_only", [False, True])
+def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(
+    tmp_path: Path, in_gradient_only: bool
+) -> None:
+    toy = Poisoned(Net())
+    toy.poison, toy.in_gradient_only = frozenset({2, 4}), in_gradient_only
+    outcome, optimizer = run(tmp_path, toy)
+    lines = read_json_lines(tmp_path / "metrics.jsonl")
+    assert outcome.skipped_steps == 2
+    assert [line["step"] for line in lines if line.get("skipped")] == [3, 5]
+    assert lines[2]["loss" if not in_gradient_only else "grad_norm"] is None
+    assert all(master.isfinite().all() for master in optimizer.masters.values())
+
+
+def test_a_skipped_step_changes_neither_weights_nor_optimizer_state() -> None:
+    toy = Poisoned(Net())
+    optimizer = Optimizer(toy.net, RATES)
+    train_step(toy, optimizer, 0, 1.0, 1.0)
+    before = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
+    toy.poison = frozenset({1})
+    assert not train_step(toy, optimizer, 1, 1.0, 1.0).finite
+    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.tensors().items())
+
+
+def test_ten_such_steps_in_a_row_are_an_error_and_nine_are_not(tmp_path: Path) -> None:
+    toy = Poisoned(Net(), steps=30)
+    toy.poison = frozenset({*range(2, 11), *range(12, 22)})
+    with pytest.raises(UserError, match=r"10 steps in a row, up to step 22 .*learning rate"):
+        run(tmp_path, toy)
+
+
+# Being stopped and going on
+
+
+class Signalled(Toy):
+    """Raises a signal while it makes the batches of one step."""
+
+    at: int = -1
+    which: int = signal.SIGTERM
+
+    def micro_batches(self, step: int) -> Sequence[tuple[Tensor, Tensor]]:
+        if step == self.at:
+            signal.raise_signal(self.which)
+        return super().micro_batches(step)
+
+
+@pytest.mark.parametrize("rates", [RATES, replace(RATES, matrix_lr=None)], ids=["muon", "adamw"])
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_and_resuming_equals_never_stopping_bit_for_bit(
+    tmp_path: Path, which: int, rates: OptimizerSettings
+) -> None:
+    unbroken = run(tmp_path / "a", Toy(Net(dropout=0.1), steps=8, draws=True), rates=rates)
+    rare = replace(SETTINGS, snapshot_seconds=1e9)
+    first = Signalled(Net(dropout=0.1), steps=8, draws=True)
+    first.at, first.which = 3, which
+    with pytest.raises(Interrupted, match="after step 4 of 8"):
+        run(tmp_path / "b", first, rare, rates)
+    assert len(series(tmp_path / "b")) == 4
+
+    torch.manual_seed(99)  # the generators stand elsewhere in the new process
+    random.seed(99)
+    second = Toy(Net(dropout=0.1), steps=8, draws=True)
+    outcome, optimizer = run(tmp_path / "b", second, rare, rates)
+    assert second.seen == [4, 5, 6, 7]
+    assert_same_training((tmp_path / "b", optimizer), (tmp_path / "a", unbroken[1]))
+    assert outcome.tokens == unbroken[0].tokens
+    assert outcome.metrics == unbroken[0].metrics
+
+
+def test_it_stops_only_where_the_objective_may_pause(tmp_path: Path) -> None:
+    toy = Signalled(Net(), steps=12, pause_every=4)
+    toy.at = 5
+    with pytest.raises(Interrupted, match="after step 8 of 12"):
+        run(tmp_path, toy)
+    kept = sorted(path.name for path in (tmp_path / "snapshots").iterdir())
+    assert kept == ["step_00000004", "step_00000008"]
+
+
+def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
+    first, done = run(tmp_path, Toy(Net()))
+    again = Toy(Net())
+    second, optimizer = run(tmp_path, again)
+    assert again.seen == []
+    assert second == first
+    assert_same_training((tmp_path, optimizer), (tmp_path, done))
+    assert torch.equal(again.net.embed.weight, done.masters["embed.weight"])
+
+
+def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
+    class Twice(Toy):
+        def micro_batches(self, step: int) -> Sequence[tuple[Tensor, Tensor]]:
+            signal.raise_signal(signal.SIGINT)
+            return super().micro_batches(step)
+
+    toy = Twice(Net(), pause_every=100)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, toy)
+    assert toy.seen == [0]  # the second step had not begun
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("change", ["objective", "steps", "clip", "weights"])
+def test_a_snapshot_of_another_training_is_refused_and_the_difference_named(
+    tmp_path: Path, change: str
+) -> None:
+    first = Signalled(Net())
+    first.at = 2
+    with pytest.raises(Interrupted):
+        run(tmp_path, first)
+    toy, settings, named = Toy(Net()), SETTINGS, "clip was 1.0 and is 0.5"
+    if change == "objective":
+        toy.fingerprint, named = "other data", "data and objective was toy and is other data"
+    elif change == "steps":
+        toy.steps, named = 7, "steps was 6 and is 7"
+    elif change == "weights":
+        torch.nn.init.zeros_(toy.net.layers[0].down.weight)
+        named = "initial weights was"
+    else:
+        settings = replace(SETTINGS, clip=0.5)
+    with pytest.raises(UserError, match=named):
+        run(tmp_path, toy, settings)
+    assert len(series(tmp_path)) == 3  # nothing was touched
+
+
+def test_two_processes_cannot_train_in_one_directory(tmp_path: Path) -> None:
+    with lock(tmp_path), pytest.raises(UserError, match=f"pid {os.getpid()}.* is working in"):
+        run(tmp_path, Toy(Net()))
+
+
+def test_no_steps_is_an_error() -> None:
+    with pytest.raises(UserError, match="not one step"):
+        run(Path("/nonexistent"), Toy(Net(), steps=0))
+
+
+# Faults
+
+
+@contextmanager
+def full_disk(after: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes: the system's own way to refuse a write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (after, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_told_and_leaves_the_snapshot_before(tmp_path: Path) -> None:
+    first = Signalled(Net(), steps=8)
+    first.at = 2
+    with pytest.raises(Interrupted):
+        run(tmp_path / "b", first)
+    with full_disk(after=4096), pytest.raises(UserError, match=r"cannot write .*[Ff]ile too large"):
+        run(tmp_path / "b", Toy(Net(), steps=8))
+    kept = sorted(path.name for path in (tmp_path / "b" / "snapshots").iterdir())
+    assert kept == ["step_00000002", "step_00000003"]
+    _, optimizer = run(tmp_path / "b", Toy(Net(), steps=8))
+    _, unbroken = run(tmp_path / "a", Toy(Net(), steps=8))
+    assert_same_training((tmp_path / "b", optimizer), (tmp_path / "a", unbroken))
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "meta.json", "manifest.json"])
+def test_a_flipped_byte_in_the_newest_snapshot_sends_it_back_to_the_one_before(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Signalled(Net(), steps=8)
+    first.at = 4
+    with pytest.raises(Interrupted, match="after step 5"):
+        run(tmp_path / "b", first)
+    file = tmp_path / "b" / "snapshots" / "step_00000005" / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+    second = Toy(Net(), steps=8)
+    said: list[str] = []
+    assert snapshot.latest(file.parent.parent, said.append) is not None
+    assert "step_00000005 is damaged" in said[0]
+    _, optimizer = run(tmp_path / "b", second)
+    assert second.seen == [4, 5, 6, 7]
+    _, unbroken = run(tmp_path / "a", Toy(Net(), steps=8))
+    assert_same_training((tmp_path / "b", optimizer), (tmp_path / "a", unbroken))
+
+
+STEPS = 60
+PROCESSES = multiprocessing.get_context(
+    "forkserver"
+)  # imports torch once, has no threads to lose when it forks
+PROCESSES.set_forkserver_preload(["toy"])
+
+
+def start(directory: Path) -> BaseProcess:
+    """A process that trains, and has begun."""
+    process = PROCESSES.Process(target=in_a_process, args=(directory, STEPS))
+    process.start()
+    while process.is_alive() and not (directory / "metrics.jsonl").exists():
+        time.sleep(0.001)
+    return process
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Optimizer]:
+    directory = tmp_path_factory.mktemp("unbroken")
+    _, optimizer = run(directory, random_toy(STEPS), replace(SETTINGS, snapshot_seconds=1e9))
+    return directory, optimizer
+
+
+def test_a_process_stopped_by_sigterm_saves_and_another_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, unbroken: tuple[Path, Optimizer]
+) -> None:
+    process = start(tmp_path)
+    process.terminate()
+    process.join(30)
+    assert process.exitcode == 1  # Interrupted, which nobody catches there; -15 would be death by the signal
+    stopped_at = len(series(tmp_path))
+    assert 0 < stopped_at < STEPS
+    toy = random_toy(STEPS)
+    _, optimizer = run(tmp_path, toy)
+    assert toy.seen[0] == stopped_at
+    assert_same_training((tmp_path, optimizer), unbroken)
+
+
+def test_kill_9_at_any_moment_loses_at_most_what_followed_the_last_snapshot(
+    tmp_path: Path, unbroken: tuple[Path, Optimizer]
+) -> None:
+    """Killed twice while a snapshot is half written, and four times at random; it saves at every step."""
+    saved = 0
+    for moment in ("half written", "random") * 2 + ("random",) * 2:
+        process = start(tmp_path)
+        deadline = time.monotonic() + (20 if moment == "half written" else random.uniform(0, 0.2))
+        while time.monotonic() < deadline:
+            if moment == "half written" and list((tmp_path / "snapshots").glob(".step_*.tmp-*")):
+                break
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        found = snapshot.latest(tmp_path / "snapshots", say=pytest.fail)
+        step = found.step if found else 0
+        done = (tmp_path / "metrics.jsonl").read_text().count("\n")
+        assert saved <= step, "what was saved stays"
+        assert done - step <= 1, "only the step that was being saved is lost"
+        saved = step
+    toy = random_toy(STEPS)
+    _, optimizer = run(tmp_path, toy)
+    assert toy.seen[0] == saved
+    assert_same_training((tmp_path, optimizer), unbroken)
+    assert not list((tmp_path / "snapshots").glob(".*")), (
+        "what the killed processes left half written is gone"
+    )
