@@ -1,7 +1,7 @@
 """The ancestry of models: stage records, checkpoint directories, and the chain that they form."""
 
 from unmask.lineage.card import model_card
-from unmask.lineage.chain import Layer, Lineage, load_layers
+from unmask.lineage.chain import Layer, Lineage, load_layers, open_layers
 from unmask.lineage.checkpoint import Checkpoint
 from unmask.lineage.record import Record, Reference
 from unmask.lineage.write import write_checkpoint
@@ -14,5 +14,6 @@ __all__ = [
     "Reference",
     "load_layers",
     "model_card",
+    "open_layers",
     "write_checkpoint",
 ]

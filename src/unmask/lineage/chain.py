@@ -37,8 +37,11 @@ class Lineage:
 
     @staticmethod
     def open(path: str | Path) -> "Lineage":
-        """Follow the parents as far as they can be found. Raises UserError if `path` is no checkpoint."""
-        chain = [Checkpoint.open(path)]
+        """Follow the parents as far as they can be found. A run stands for the last of its layers.
+
+        Raises UserError if `path` is neither a checkpoint nor a run with one.
+        """
+        chain = [Checkpoint.open(tip_of_run(Path(path)) or path)]
         while (record := chain[0].record) is not None and record.parent is not None:
             found = _follow(chain[0], "parent", record.parent)
             if isinstance(found, str):
@@ -102,6 +105,24 @@ class Lineage:
         if self.broken and self.broken not in problems:  # a circle: each of its links leads somewhere
             problems.insert(0, self.broken)
         return problems
+
+
+def tip_of_run(path: Path) -> Path | None:
+    """The language model in the run `path` that no other one there descends from; None if there is not exactly one."""
+    if (path / "config.json").exists():
+        return None
+    found = [Checkpoint.open(file.parent) for file in sorted(path.glob(f"*/{records.FILE}"))]
+    models = [checkpoint for checkpoint in found if checkpoint.is_language_model]
+    parents = {c.record.parent.hash for c in models if c.record is not None and c.record.parent is not None}
+    tips = [checkpoint.path for checkpoint in models if checkpoint.hash not in parents]
+    return tips[0] if len(tips) == 1 else None
+
+
+def open_layers(paths: Sequence[Path], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Layer]:
+    """Layers to compare, oldest first: the whole lineage of one checkpoint or run, or else the models named."""
+    if len(paths) == 1:
+        return Lineage.open(paths[0]).load(dtype, device)
+    return load_layers([Checkpoint.open(tip_of_run(path) or path) for path in paths], dtype, device)
 
 
 def load_layers(

@@ -1,0 +1,165 @@
+"""`unmask log`, `diff` and `blame`: where a model comes from, what each layer changed, which layer put a word there."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from unmask.colours import layer_colour
+from unmask.errors import UserError
+from unmask.progress import console, duration
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Models = Annotated[
+    list[Path], typer.Argument(help="Checkpoints or runs. One stands for its whole lineage.", show_default=False)
+]
+
+
+def log(
+    model: Annotated[Path, typer.Argument(help="A checkpoint, as runs/tiny/rl, or a run.")], as_json: Json = False
+) -> None:
+    """Where does this model come from, and does the chain of hashes hold? Exit status 1 if it does not."""
+    from unmask.lineage import Lineage
+
+    lineage = Lineage.open(model)
+    problems, rows = lineage.verify(), lineage.rows()
+    if as_json:
+        print(json.dumps({"verified": not problems, "problems": problems, "chain": rows}, indent=1))
+    else:
+        _print_log(rows, problems)
+    if problems:
+        raise typer.Exit(1)
+
+
+def diff(
+    models: Models,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Rows with prompts or messages to answer. Default: the run's own.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Held-out text (txt, jsonl, parquet). Default: the run's own.")] = None,
+    limit: Annotated[int, typer.Option(help="Prompts that are answered.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """What did each layer change, and is the change larger than the noise?"""
+    from unmask.probes.compare import compare, texts_beside
+    from unmask.lineage import open_layers
+
+    layers = open_layers(models)
+    findings = compare(layers, texts_beside(models, prompts, text), limit=limit)
+    if as_json:
+        for finding in findings:
+            print(json.dumps(finding.to_json()))
+    else:
+        _print_diff([finding.to_json() for finding in findings])
+
+
+def blame(
+    models_and_prompt: Annotated[
+        list[str], typer.Argument(metavar="MODEL... PROMPT", help="A lineage, or models oldest first; then the prompt.")
+    ],
+    answer: Annotated[str | None, typer.Option(help="Blame this answer instead of the model's own.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest answer.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 64,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain text to go on with, without the chat template.")] = False,
+    as_json: Json = False,
+    html: Annotated[Path | None, typer.Option(help="Also write the blame as a page.")] = None,
+) -> None:
+    """Which layer put each token of the answer there, and by how many nats?"""
+    from unmask.lineage import open_layers
+    from unmask.probes.blame import blame as blame_answer
+
+    if len(models_and_prompt) < 2:
+        raise UserError('blame takes a model and a prompt: unmask blame runs/tiny "What is the capital of Peru?"')
+    *models, prompt = models_and_prompt
+    found = blame_answer(
+        open_layers([Path(model) for model in models]),
+        prompt,
+        answer=answer,
+        temperature=temperature,
+        seed=seed,
+        max_new_tokens=max_tokens,
+        template=not plain,
+    ).to_json()
+    if html is not None:
+        from unmask.report.page import write_blame
+
+        write_blame(html, found)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        _print_blame(found)
+
+
+def _print_log(rows: list[dict[str, Any]], problems: list[str]) -> None:
+    out = console()
+    for place, row in enumerate(rows):
+        headline = " · ".join(f"{name} {value:.4g}" for name, value in row.get("headline", {}).items())
+        out.print(f"[bold]{row['name']}[/bold] [dim]{row['kind']}[/dim] {row['hash'][:12]}  {escape(row['path'])}")
+        if "tokens" in row:
+            data = ", ".join(f"{label} {digest[:8]}" for label, digest in row["data"].items())
+            out.print(
+                f"  {row['tokens']:,} tokens · {row['steps']:,} steps · {duration(row['seconds'])}"
+                f" · {row['peak_bytes'] / 1e9:.1f} GB · {headline}"
+            )
+            out.print(f"  data: {escape(data)}", soft_wrap=True)
+        for role, digest in row.get("inputs", {}).items():
+            out.print(f"  with {role} {digest[:12]}")
+        if place < len(rows) - 1:
+            out.print("  │")
+    if problems:
+        out.print(f"[bold red]does not hold[/bold red] ({len(problems)}):")
+        for problem in problems:
+            out.print(f"  ✗ {escape(problem)}", soft_wrap=True)
+    else:
+        out.print("[green]✓[/green] every hash holds: tensors, tokenizer, template, config, records, parents")
+
+
+def _print_diff(findings: list[dict[str, Any]]) -> None:
+    out = console()
+    table = Table("layer", "metric", "value", "95 % interval", "floor", "n", "verdict", box=None, pad_edge=False)
+    for f in findings:
+        if f["value"] is None:
+            continue
+        layers = f"{f['parent']} → {f['child']}" if f["parent"] else f["child"]
+        where = " ".join(filter(None, (f["group"], f["text_source"])))
+        interval = "exact" if f["exact"] else f"{f['ci95'][0]:.3g} … {f['ci95'][1]:.3g}"
+        floor = "" if f["floor_numeric"] is None else f"{f['floor_numeric']:.2g}"
+        n = "" if f["n"] is None else f"{f['n']} {f['n_unit']}"
+        unit = "" if f["unit"] == "1" else f" {f['unit']}"
+        table.add_row(
+            layers, f"{f['metric']} [dim]{escape(where)}[/dim]", f"{f['value']:.4g}{unit}", interval, floor, n,
+            f["verdict"] or "",
+        )  # fmt: skip
+    out.print(table)
+
+
+def _print_blame(found: dict[str, Any]) -> None:
+    out = console()
+    places = {name: place for place, name in enumerate(found["layers"])}
+    line = Text()
+    for token in found["tokens"]:
+        colour = layer_colour(places.get(token["layer"], -1))
+        line.append(token["text"], style=colour.terminal)
+        line.append(colour.mark, style=f"{colour.terminal} dim")
+    out.print(line)
+    out.print("  ".join(f"[{layer_colour(i).terminal}]{layer_colour(i).mark} {name}[/]" for name, i in places.items())
+              + f"  · below the floor of {found['floor']:.2g} nats")  # fmt: skip
+    table = Table("token", *found["layers"], "log p", box=None, pad_edge=False)
+    for token in found["tokens"]:
+        colour = layer_colour(places.get(token["layer"], -1))
+        cells = [f"{part:+.2f}" for part in token["parts"]]
+        table.add_row(f"[{colour.terminal}]{colour.mark} {escape(repr(token['text']))}[/]", *cells, f"{token['logprob']:.2f}")
+    table.add_section()
+    table.add_row("sum", *(f"{value:+.2f}" for value in found["nats"]), f"{found['logprob']:.2f}")
+    out.print(table)
+    out.print("\nWhat each layer alone says")
+    for name, place in places.items():
+        colour = layer_colour(place)
+        out.print(f"  [{colour.terminal}]{colour.mark} {name:<6}[/] {escape(' '.join(found['alone'][name].split()))}")
+    first = found["layers"][0]
+    out.print(f"  {layer_colour(0).mark} {first}, to the plain text: {escape(' '.join(found['plain'].split()))}")

@@ -1,0 +1,199 @@
+"""Measuring a finished run: every probe on its layers, and the files that page, tests and people read."""
+
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from unmask.files import write_atomic
+from unmask.lineage import Checkpoint, Layer, load_layers
+from unmask.model.scorer import Scorer
+from unmask.pipeline.build import Built
+from unmask.probes.blame import Blame, blame
+from unmask.probes.blame_truth import blame_truth
+from unmask.probes.compression import compression
+from unmask.probes.divergence import divergence
+from unmask.probes.facts import PlantedFact, planted_facts
+from unmask.probes.forward import Judge
+from unmask.probes.probe import Finding
+from unmask.probes.reward_quality import Compared, reward_quality, text_of
+from unmask.probes.rl_effect import rl_effect
+from unmask.probes.weights_change import weights_change
+from unmask.progress import Progress
+from unmask.recipe import Recipe
+from unmask.stages import examples
+from unmask.stages.prepare import Prepared
+from unmask.text.chat import render
+from unmask.text.tokenizer import Tokenizer
+from unmask.training import parallel
+
+# What a run stands by, in summary.json; all else is in findings.jsonl beside it.
+CLAIMS = {
+    "bits_per_byte", "bits_per_byte_xz", "bits_per_byte_change",
+    "facts_completed", "facts_answered", "facts_answered_held_wording", "facts_hidden", "facts_kept",
+    "facts_answered_change", "answers_stop",
+    "blame_auc", "answer_nats", "wrapping_nats",
+    "reward_accuracy", "reward_accuracy_words", "reward_accuracy_length", "reward_accuracy_over_words",
+    "reward_accuracy_over_length", "reward_margin", "reward_calibration_error", "reward_length_correlation",
+    "proxy_gain", "gold_gain", "gold_gain_any_length", "answer_length", "answer_length_change", "capitals",
+    "kl_child_parent", "relative_weight_change",
+}  # fmt: skip
+
+
+class Measured(NamedTuple):
+    findings: list[Finding]
+    blames: list[Blame]
+
+
+def measure(
+    recipe: Recipe, prepared: Prepared, built: Built, device: torch.device, progress: Progress
+) -> Measured:
+    """All probes on the layers of a run, in float32."""
+    layers = load_layers([built.base, built.sft, built.rl], device=str(device))
+    base, mask, nudge = layers
+    proxy = load_judge(built.reward, device)
+    gold = load_judge(built.gold, device) if built.gold else None
+    facts = planted(prepared)
+    prompts = [render(prepared.tokenizer, chat, open_turn=True).ids for chat in held_prompts(recipe, prepared.tokenizer)]
+    amount, seed = recipe.measure, recipe.seed
+    findings: list[Finding] = []
+
+    def say(what: str) -> None:
+        progress.line(f"measuring  {what}")
+
+    say("held-out text")
+    findings += compression(layers, prepared.heldout, limit_bytes=amount.heldout_bytes, seed=seed)
+    findings += weights_change(layers)
+    if facts:
+        say("planted facts")
+        findings += planted_facts(layers, facts, limit=amount.facts_per_group, seed=seed)
+        findings += blame_truth(base, mask, facts, limit=amount.facts_per_group, seed=seed)
+    say("what people preferred")
+    for judge, half in ((proxy, "proxy"), (gold, "gold")):
+        if judge is not None:
+            findings += _reward_quality(recipe, judge, half)
+    say("what the nudge did")
+    findings += rl_effect(
+        mask, nudge, prompts, proxy, gold, max_new_tokens=recipe.rl.answer_tokens, limit=amount.prompts,
+        floor_limit=amount.floor_prompts, seed=seed,
+    )  # fmt: skip
+    say("how far each layer moved")
+    findings += divergence(
+        layers, prompts, prepared.heldout, max_new_tokens=recipe.rl.answer_tokens, limit=amount.prompts,
+        floor_limit=amount.floor_prompts, seed=seed,
+    )  # fmt: skip
+    say("blame")
+    blames = [blame(layers, question) for question in (*amount.questions, *_telling(facts))]
+    return Measured(findings, blames)
+
+
+def load_judge(checkpoint: Checkpoint, device: torch.device) -> Judge:
+    model = checkpoint.model(torch.float32, str(device))
+    assert isinstance(model, Scorer), f"{checkpoint.path} does not score"
+    return Judge(checkpoint.name, model, checkpoint.tokenizer(), checkpoint.hash, model.config.reward_offset)
+
+
+def planted(prepared: Prepared) -> list[PlantedFact]:
+    return [PlantedFact.from_row(fact.to_row()) for fact in prepared.facts]
+
+
+def held_prompts(recipe: Recipe, tokenizer: Tokenizer) -> list[examples.Chat]:
+    """Conversations that no layer saw and that wait for an answer; those which leave room for one."""
+    room = min(recipe.rl.prompt_tokens, recipe.context - recipe.rl.answer_tokens)
+    chats = [
+        chat
+        for source in (*recipe.rl.sources, *recipe.sft.sources)
+        for chat in examples.prompts(source, recipe, (), held=True)
+    ]
+    distinct = list({json.dumps(chat): chat for chat in chats}.values())  # a source may stand in both sections
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(recipe.seed))
+    fitting = (distinct[int(i)] for i in order if len(render(tokenizer, distinct[int(i)], open_turn=True).ids) <= room)
+    return list(islice(fitting, recipe.measure.prompts))
+
+
+def _reward_quality(recipe: Recipe, judge: Judge, half: examples.Half) -> list[Finding]:
+    equal = recipe.reward.equal_length or 0.1
+    pairs = {
+        group: [
+            Compared(*comparison)
+            for comparison in examples.preferences(
+                recipe, "held_out", limit=recipe.measure.pairs, equal_length=length
+            ).comparisons
+        ]
+        for group, length in (("all", None), ("equal_length", equal))
+    }
+    opinions = examples.preferences(recipe, half, limit=0, equal_length=None).opinions
+    train = [(text_of(chat), opinion) for chat, opinion in opinions]
+    return reward_quality(judge, pairs, train, seed=recipe.seed)
+
+
+def _telling(facts: Sequence[PlantedFact]) -> list[str]:
+    """A question of each kind of layer: one fact that both layers were taught, one of the base alone, one of SFT alone."""
+    found = {}
+    for fact in facts:
+        if not fact.leaked and fact.field == "capital":
+            found.setdefault(fact.group, fact.question)
+    return [found[group] for group in ("both", "base_only", "sft_only") if group in found]
+
+
+def write(
+    directory: Path,
+    recipe: Recipe,
+    prepared: Prepared,
+    built: Built,
+    measured: Measured,
+    seconds: float,
+    device: torch.device,
+) -> None:
+    """findings.jsonl, facts.jsonl, heldout.jsonl, blame.json, and last of all summary.json, which says that a run is done."""
+    write_atomic(directory / "findings.jsonl", _lines([finding.to_json() for finding in measured.findings]))
+    write_atomic(directory / "facts.jsonl", _lines([fact.to_row() for fact in prepared.facts]))
+    held = [{"source": document.source, "text": document.text} for document in prepared.heldout]
+    write_atomic(directory / "heldout.jsonl", _lines(held))
+    prompts = [{"messages": chat} for chat in held_prompts(recipe, prepared.tokenizer)]
+    write_atomic(directory / "prompts.jsonl", _lines(prompts))
+    blames = json.dumps([blame.to_json() for blame in measured.blames], ensure_ascii=False)
+    write_atomic(directory / "blame.json", blames.encode("utf-8", "replace"))
+    dtype = parallel.compute_dtype(device)
+    rate = parallel.matmul_rate(device, dtype)
+    stages = [_row(checkpoint, directory) for checkpoint in built.all if checkpoint != built.gold]
+    parameters = sum(p.numel() for p in built.rl.model().parameters())
+    summary = {
+        "name": recipe.name,
+        "total_seconds": prepared.seconds + sum(_row(c, directory)["seconds"] for c in built.all) + seconds,
+        "prepare_seconds": prepared.seconds,
+        "measure_seconds": seconds,
+        "parameters": parameters,
+        "machine": f"{parallel.describe(device)}; matrix products {rate / 1e9:,.0f} GFLOP/s measured",
+        "matmul_flops_per_second": rate,
+        "stages": stages,
+        "gold": _row(built.gold, directory) if built.gold else None,
+        "claims": [finding.to_json() for finding in measured.findings if finding.metric in CLAIMS],
+    }
+    write_atomic(directory / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+
+
+def _row(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
+    record = checkpoint.record
+    assert record is not None
+    return {
+        "name": record.name,
+        "kind": record.kind,
+        "path": str(checkpoint.path.relative_to(directory)),
+        "hash": checkpoint.hash,
+        "parent_hash": record.parent.hash if record.parent else None,
+        "inputs": {role: reference.hash for role, reference in record.inputs.items()},
+        "tokens": record.tokens,
+        "steps": record.steps,
+        "seconds": record.seconds,
+        "peak_bytes": record.peak_bytes,
+        "flops": record.flops,
+        "metrics": record.metrics,
+    }
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")

@@ -1,0 +1,75 @@
+"""How long a run will take, from steps that are timed on this machine before it starts."""
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from unmask.generation.engine import generate
+from unmask.model.config import ModelConfig
+from unmask.model.decoder import Decoder
+from unmask.model.loss import cross_entropy_sum
+from unmask.pipeline.build import Builder, optimizer_settings
+from unmask.training.optimizer import Optimizer
+
+# Stages read more than their training tokens: a reward step scores both sides without a head; a rollout is read by policy,
+# critic and reference before it is learned from. In units of a forward pass, a training pass being three.
+PREPARE_SECONDS = 30.0
+
+
+class Plan(NamedTuple):
+    """Expected seconds of what is still to be done, by stage."""
+
+    parameters: int
+    seconds: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def plan(builder: Builder) -> Plan:
+    """Times two training steps and a few generated tokens with random weights at the recipe's size; a few seconds."""
+    recipe = builder.recipe
+    config = ModelConfig.from_depth(
+        recipe.depth, vocabulary=-(-recipe.tokenizer.vocabulary // 64) * 64, context=recipe.context
+    )
+    model = Decoder(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.to(builder.device)
+    optimizer = Optimizer(model, optimizer_settings(recipe.pretrain), builder.dtype)
+    rows = max(1, recipe.pretrain.micro_tokens // recipe.context)
+    batch = torch.randint(config.vocab_size, (rows, recipe.context + 1), device=builder.device)
+
+    passed, stepped = 0.0, 0.0
+    for _ in range(2):  # the first one also allocates
+        start = time.monotonic()
+        hidden = model.hidden(batch[:, :-1]).flatten(0, 1)
+        (cross_entropy_sum(hidden, model.head, batch[:, 1:].flatten()) / hidden.shape[0]).backward()
+        passed = time.monotonic() - start
+        optimizer.step(0.0)
+        stepped = time.monotonic() - start - passed
+        optimizer.zero_grad()
+    a_token = passed / (rows * recipe.context)  # forward and backward
+
+    start = time.monotonic()
+    prompts = [[1] * 32] * recipe.rl.answers
+    generate(model, prompts, max_new_tokens=8, stop_ids=(), temperature=1.0, rows=recipe.rl.answers)
+    a_decode_step = (time.monotonic() - start) / 8
+
+    pre, rl = recipe.pretrain, recipe.rl
+    assert pre.tokens and recipe.sft.tokens and recipe.reward.tokens and rl.tokens  # noqa: PT018 — a resolved recipe has them
+    rollouts = max(1, rl.tokens // (rl.answers * rl.answer_tokens))
+    read = rollouts * rl.answers * (rl.prompt_tokens // 2 + rl.answer_tokens // 2)  # prompts fill half of their room
+    expected = {
+        "base": pre.tokens * (a_token + stepped / pre.batch_tokens),
+        "sft": recipe.sft.tokens * a_token,
+        "reward": recipe.reward.tokens * a_token,
+        "gold": recipe.reward.tokens * a_token,
+        "rl": rollouts * rl.answer_tokens * a_decode_step + read * a_token * (1.3 + 2 * rl.epochs),
+    }
+    missing = builder.missing()
+    return Plan(
+        sum(p.numel() for p in model.parameters()),
+        {name: seconds for name, seconds in expected.items() if name in missing},
+    )

@@ -1,0 +1,56 @@
+"""`unmask run`, from the first line to the last: keep the recipe, build what is missing, measure, write the page."""
+
+import time
+from pathlib import Path
+
+from unmask.errors import UserError, nearest
+from unmask.files import lock, sweep_temporaries, write_atomic
+from unmask.pipeline import measure, show
+from unmask.pipeline.build import Builder
+from unmask.pipeline.plan import plan
+from unmask.progress import Progress
+from unmask.recipe import STAGES, Recipe, dumps
+from unmask.report.page import write_report
+from unmask.training import parallel
+
+
+def run(
+    recipe: Recipe,
+    *,
+    output: Path | None = None,
+    restart_from: str | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Build all layers of a resolved recipe, measure them and write report.html; returns the run's directory.
+
+    What is there and was made by the same recipe from the same data and parents is kept; a stage under way goes on from
+    its snapshot. Raises UserError where the recipe, the data or a parent differs from what is there, naming the key, unless
+    `restart_from` names a stage to begin anew from; Interrupted when a signal stopped a stage after it was saved.
+    """
+    progress = progress or Progress()
+    if restart_from is not None and restart_from not in STAGES:
+        raise UserError(
+            f"--from {restart_from}: there is no such stage.{nearest(restart_from, STAGES)} Stages: {', '.join(STAGES)}."
+        )
+    directory = Path("runs") / recipe.name if output is None else output
+    parallel.keep_large_blocks()
+    with lock(directory):
+        sweep_temporaries(directory)
+        builder = Builder(recipe, directory, parallel.pick_device(device), progress)
+        if restart_from is not None:
+            builder.set_aside(restart_from)
+        builder.refuse_another_recipe()
+        write_atomic(directory / "recipe.toml", dumps(recipe))
+        progress.line(show.opening(recipe, builder.device, plan(builder)))
+
+        prepared = builder.prepare()
+        built = builder.build(prepared)
+
+        started = time.monotonic()
+        measured = measure.measure(recipe, prepared, built, builder.device, progress)
+        seconds = time.monotonic() - started
+        measure.write(directory, recipe, prepared, built, measured, seconds, builder.device)
+        write_report(directory)
+    progress.line(show.closing(directory))
+    return directory

@@ -1,0 +1,71 @@
+"""What `unmask diff` measures on any models of one vocabulary, and the text that it measures on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from unmask.errors import UserError
+from unmask.files import read_json_lines
+from unmask.lineage import Layer
+from unmask.probes.compression import compression
+from unmask.probes.divergence import divergence
+from unmask.probes.forward import prompt_ids
+from unmask.probes.probe import Finding
+from unmask.probes.weights_change import weights_change
+from unmask.text.chat import Message, messages_of
+from unmask.text.sources import Document, read_rows, read_texts
+
+
+class Texts(NamedTuple):
+    """Conversations to answer, and held-out documents."""
+
+    prompts: list[list[Message]]
+    documents: list[Document]
+
+
+def texts_beside(models: Sequence[Path], prompts: Path | None, text: Path | None) -> Texts:
+    """From the files named, or else from the run that the models lie in (prompts.jsonl and heldout.jsonl)."""
+    runs = [place for model in models for place in (model, model.parent) if (place / "heldout.jsonl").is_file()]
+    if not runs and (prompts is None or text is None):
+        raise UserError(
+            f"{models[0]} does not lie in a run, which would have prompts and held-out text beside it: "
+            "give both, --prompts FILE (rows with prompt or messages) and --text FILE."
+        )
+    if prompts is None:
+        conversations = [row["messages"] for row in read_json_lines(runs[0] / "prompts.jsonl")]
+    else:
+        conversations = [_prompt(row, where) for where, row in read_rows(str(prompts))]
+    if text is None:
+        rows = read_json_lines(runs[0] / "heldout.jsonl")
+        documents = [Document(row["text"], row["source"]) for row in rows]
+    else:
+        documents = [Document(each, text.stem) for each in read_texts(str(text))]
+    return Texts(conversations, documents)
+
+
+def compare(layers: Sequence[Layer], texts: Texts, *, limit: int = 64, seed: int = 0) -> list[Finding]:
+    """Weights, divergence on answers and on held-out text, and bits per byte, for each layer beside the one below it.
+
+    `limit` prompts are answered; those that leave no room for an answer in the context are left out.
+    """
+    if len(layers) < 2:
+        raise UserError("there is one model here, and a difference needs two: name another one.")
+    context = min(layer.model.config.max_position_embeddings for layer in layers)
+    ids = [prompt_ids(layers[-1].tokenizer, prompt) for prompt in texts.prompts]
+    new_tokens = min(48, context // 2)
+    fitting = [prompt for prompt in ids if len(prompt) + new_tokens <= context]
+    return [
+        *divergence(layers, fitting, texts.documents, max_new_tokens=new_tokens, limit=limit, seed=seed),
+        *compression(layers, texts.documents, limit_bytes=50_000, seed=seed),
+        *weights_change(layers),
+    ]
+
+
+def _prompt(row: dict[str, object], where: str) -> list[Message]:
+    key = "prompt" if "prompt" in row else "messages"
+    if key not in row:
+        raise UserError(f"{where}: a row of prompts needs prompt or messages; this one has {sorted(row)}.")
+    messages = messages_of(row[key], where, key, "user")
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return messages

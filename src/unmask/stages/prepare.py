@@ -1,0 +1,185 @@
+"""From a recipe's sources to what the layers are trained and measured on: tokenizer, token shards, facts, held-out text.
+
+Held-out documents are chosen by the hash of their text, so that one which several layers could read is kept from all of
+them. What was made lies in a directory named by the hash of everything that decided it, so other settings never
+overwrite it and equal ones find it.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import UserError
+from unmask.files import atomic_directory, hash_json
+from unmask.progress import Progress
+from unmask.recipe import Recipe, Source
+from unmask.stages import pretrain
+from unmask.text import planted
+from unmask.text.planted import Fact
+from unmask.text.shards import Shards, build
+from unmask.text.sources import Document, held_out, read_texts, signature
+from unmask.text.tokenizer import Tokenizer
+
+TOKENIZER_BYTES = (
+    6_000_000  # of text that the tokenizer is trained on; more changes few merges and takes long
+)
+HELDOUT_BYTES = 1_000_000  # a source; kept in the run for measuring
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was made of a recipe's text. `seconds` is how long that took when it was done."""
+
+    directory: Path
+    facts: list[Fact]
+    seconds: float
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.directory / "tokenizer")
+
+    def shards(self, source: Source) -> Shards:
+        return Shards.open(self.directory / "shards" / source.name)
+
+    @cached_property
+    def heldout(self) -> list[Document]:
+        rows = (self.directory / "heldout.jsonl").read_text("utf-8").split("\n")
+        return [Document(row["text"], row["source"]) for row in map(json.loads, filter(None, rows))]
+
+    def pretrain_sources(self, recipe: Recipe) -> list[pretrain.Source]:
+        return [pretrain.Source(s.name, self.shards(s), s.share) for s in recipe.pretrain.sources]
+
+
+def prepare(recipe: Recipe, directory: Path, progress: Progress) -> Prepared:
+    """Make, or find made, everything that the text of `recipe` gives.
+
+    Raises UserError for a source that is missing, empty or broken, or a package of the extra `demo` that is not installed.
+    """
+    decided = _decides(recipe)
+    place = directory / hash_json(decided)[:16]
+    if not place.exists():
+        started = time.monotonic()
+        with atomic_directory(place) as temporary:
+            _make(recipe, temporary, progress)
+            done = {"seconds": time.monotonic() - started, "decided by": decided}
+            (temporary / "prepared.json").write_text(json.dumps(done, indent=2) + "\n", "utf-8")
+    seconds = json.loads((place / "prepared.json").read_text("utf-8"))["seconds"]
+    return Prepared(place, _read_facts(place / "facts.json"), seconds)
+
+
+def documents(source: Source, recipe: Recipe, *, held: bool) -> Iterator[str]:
+    """The source's documents that no layer may see (`held`), or those that are trained on."""
+    share = recipe.heldout if source.heldout is None else source.heldout
+    for text in read_texts(source.path):
+        if held_out(text, share) == held:
+            yield text
+
+
+def raw_sources(recipe: Recipe) -> list[Source]:
+    """Pretraining sources that are text of their own: all but the planted facts."""
+    return [source for source in recipe.pretrain.sources if source.path != "facts"]
+
+
+def plant(recipe: Recipe) -> list[Fact]:
+    """The facts with their groups, and which of them the layers' other text gives away."""
+    if recipe.facts is None:
+        return []
+    texts = {
+        "base": (text for source in raw_sources(recipe) for text in documents(source, recipe, held=False)),
+        # SFT's own other text is chat from the same conversations; what it continues from (the base) counts as well.
+        "sft": (
+            text
+            for source in recipe.sft.sources
+            if source.path == "chitchat"
+            for text in documents(source, recipe, held=False)
+        ),
+    }
+    return planted.facts(recipe.facts.shares(), texts, recipe.seed)
+
+
+def _make(recipe: Recipe, directory: Path, progress: Progress) -> None:
+    facts = plant(recipe)
+    (directory / "facts.json").write_text(json.dumps([vars(fact) for fact in facts]) + "\n", "utf-8")
+    progress.line("preparing  tokenizer")
+    tokenizer = Tokenizer.train(_sample(recipe, facts), recipe.tokenizer.vocabulary)
+    tokenizer.save(directory / "tokenizer")
+
+    question_share = recipe.facts.question_share if recipe.facts else 0.0
+    with (directory / "heldout.jsonl").open("w", encoding="utf-8") as heldout:
+        for source in recipe.pretrain.sources:
+            progress.line(f"preparing  {source.name}")
+            if source.path == "facts":
+                passes = _passes(recipe, source, facts, tokenizer)
+                texts: Iterable[str] = (
+                    text
+                    for i in range(passes)
+                    for text in planted.plain_documents(facts, recipe.seed, i, question_share)
+                )
+            else:
+                texts = documents(source, recipe, held=False)
+                for text in _first_bytes(documents(source, recipe, held=True), HELDOUT_BYTES):
+                    row = json.dumps({"source": source.name, "text": text}, ensure_ascii=False)
+                    heldout.write(row + "\n")
+            built = build(directory / "shards" / source.name, texts, tokenizer)
+            if not built.tokens:
+                raise UserError(
+                    f"source {source.path!r} has no text. Give it some, or take it out of [pretrain]."
+                )
+
+
+def _passes(recipe: Recipe, source: Source, facts: list[Fact], tokenizer: Tokenizer) -> int:
+    """How often all sentences have to be said so that no row of planted text comes twice."""
+    assert recipe.pretrain.tokens is not None
+    one = sum(
+        len(ids) + 1 for ids in tokenizer.encode_batch(list(planted.plain_documents(facts, recipe.seed, 0)))
+    )
+    if not one:
+        raise UserError(
+            "no planted fact is taught in pretraining: give facts.both or facts.base_only a share."
+        )
+    share = source.share / sum(other.share for other in recipe.pretrain.sources)
+    return 1 + int(share * recipe.pretrain.tokens // one)
+
+
+def _sample(recipe: Recipe, facts: list[Fact]) -> Iterator[str]:
+    """Text for the tokenizer: of each source its share of TOKENIZER_BYTES."""
+    total = sum(source.share for source in recipe.pretrain.sources)
+    for source in recipe.pretrain.sources:
+        texts: Iterable[str]
+        if source.path == "facts":
+            texts = planted.plain_documents(facts, recipe.seed, 0)
+        else:
+            texts = documents(source, recipe, held=False)
+        yield from _first_bytes(texts, round(TOKENIZER_BYTES * source.share / total))
+
+
+def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """Texts until `limit` bytes are reached; the one that crosses it is cut there."""
+    for text in texts:
+        data = text.encode("utf-8", "replace")[:limit]
+        if not data:
+            return
+        yield data.decode("utf-8", "ignore")
+        limit -= len(data)
+
+
+def _decides(recipe: Recipe) -> dict[str, Any]:
+    """Everything that the prepared text depends on."""
+    plain = recipe.model_dump(mode="json")
+    chats = [source for source in recipe.sft.sources if source.path == "chitchat"] if recipe.facts else []
+    return {
+        **{key: plain[key] for key in ("seed", "heldout", "tokenizer", "facts")},
+        "sources": plain["pretrain"]["sources"],
+        "chats": [source.model_dump(mode="json") for source in chats],
+        "tokens": recipe.pretrain.tokens if recipe.facts else None,
+        "files": {source.path: signature(source.path) for source in raw_sources(recipe)},
+    }
+
+
+def _read_facts(path: Path) -> list[Fact]:
+    rows = json.loads(path.read_text("utf-8"))
+    return [Fact(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in rows]
