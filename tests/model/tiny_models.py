@@ -22,7 +22,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-# Every switch that the families use: QK-norm, biases, rope rules, windows in all layers and in some, both heads.
+# Every switch that the families use: QK-norm, biases, rope rules, windows in all or some layers, heads.
 CONFIGS = {
     "qwen3": ModelConfig(**SIZES),
     "qwen3-untied-bias": ModelConfig(**SIZES, tie_word_embeddings=False, qkv_bias=True, output_bias=True),
@@ -37,7 +37,12 @@ CONFIGS = {
         **SIZES, architecture="LlamaForCausalLM", qk_norm=False, rope_theta=500_000.0, rope_scaling=LLAMA3
     ),
     "smollm": ModelConfig(
-        **SIZES, architecture="LlamaForCausalLM", qk_norm=False, qkv_bias=True, output_bias=True, mlp_bias=True
+        **SIZES,
+        architecture="LlamaForCausalLM",
+        qk_norm=False,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
     ),
     "mistral": ModelConfig(
         **SIZES, architecture="MistralForCausalLM", qk_norm=False, tie_word_embeddings=False, sliding_window=6
@@ -46,7 +51,7 @@ CONFIGS = {
 
 
 def decoder(config: ModelConfig = CONFIGS["qwen3"], seed: int = 0, spread: float = 0.2) -> Decoder:
-    """Weights drawn widely, norms and biases too, so that no term of the network is near its neutral value."""
+    """Weights drawn widely, norms and biases too, so that no term of the network is nearly neutral."""
     model = Decoder(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

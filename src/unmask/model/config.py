@@ -145,7 +145,7 @@ class ModelConfig:
         Code that a config names (`auto_map`) is never looked at. UserError for what this decoder does not do.
         """
         model_type = config.get("model_type")
-        if model_type not in FAMILIES:
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise UserError(
                 f"model_type {model_type!r} is none of {', '.join(FAMILIES)}; other families open "
                 "through transformers (extra `hf`)"
@@ -163,8 +163,10 @@ class ModelConfig:
                 raise UserError("a scorer has one score: num_labels must be 1")
         sizes: dict[str, Any] = {name: config.get(name) for name in LIMITS}
         heads = sizes["num_attention_heads"]
-        if sizes["num_key_value_heads"] is None:
+        if sizes["num_key_value_heads"] is None and family == "Llama":
             sizes["num_key_value_heads"] = heads
+        if sizes["head_dim"] is None and family == "Qwen3":
+            sizes["head_dim"] = 128
         if sizes["head_dim"] is None:
             whole("num_attention_heads", heads, LIMITS["num_attention_heads"])
             whole("hidden_size", sizes["hidden_size"], LIMITS["hidden_size"])
@@ -254,7 +256,7 @@ def whole(name: str, value: object, limit: int) -> None:
 
 
 def positive(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e18:
         raise UserError(f"{name} must be a positive number, not {value!r}")
 
 

@@ -28,8 +28,7 @@ STORED = ("F64", "F32", "F16", "BF16")
 def load(
     directory: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder | Scorer:
-    """Read a model. On a CPU, tensors that are stored in `dtype` stay mapped to the file (copied where
-    written).
+    """Read a model, one tensor after the other.
 
     UserError, naming file and tensor, for anything but whole, finite weights of exactly the config's shapes.
     """
@@ -46,7 +45,9 @@ def load(
         if name in expected or name == tied_head:
             if not bool(tensor.isfinite().all()):
                 raise UserError(f"{path}: {name} holds NaN or infinite weights; make the model anew")
-            state[name] = tensor.to(device, dtype)
+            # A copy, because a product's last bits depend on how its operands lie in memory, and in the file
+            # they lie as the header happens to end: the saved model and the loaded one would differ.
+            state[name] = tensor.to(device, dtype, copy=True)
     if tied_head in state and not torch.equal(state.pop(tied_head), state["model.embed_tokens.weight"]):
         raise UserError(
             f"{directory}: lm_head.weight differs from the embedding, but {CONFIG} says that they are tied; "

@@ -1,0 +1,80 @@
+"""Families that transformers runs for us."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import CONFIGS, decoder, token_ids
+
+from unmask.errors import UserError
+from unmask.model import foreign, weights
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def saved(config: object, directory: Path) -> Path:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # wide enough for a cap on the logits to bend them
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2, n_positions=64),
+        transformers.Gemma2Config(
+            **SMALL, intermediate_size=48, num_key_value_heads=1, head_dim=16, final_logit_softcapping=2.0
+        ),
+        transformers.CohereConfig(**SMALL, intermediate_size=48, logit_scale=0.25),
+        transformers.GraniteConfig(**SMALL, intermediate_size=48, logits_scaling=4.0),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_logits_from_hidden_states_and_head_are_those_of_transformers(config: object, tmp_path: Path) -> None:
+    model, ids = foreign.open(saved(config, tmp_path)), token_ids(2, 12)
+    with torch.no_grad():
+        hidden = model.hidden(ids)
+        torch.testing.assert_close(model.logits(hidden), model(ids), rtol=1e-4, atol=1e-4)
+    assert model.head.shape == (96, 32)
+    assert model.config.vocab_size == 96
+    assert model.config.max_position_embeddings >= 64
+
+
+def test_a_family_of_ours_gives_the_same_through_transformers(tmp_path: Path) -> None:
+    ours, ids = decoder(CONFIGS["qwen3"]), token_ids(2, 12)
+    weights.save(tmp_path, ours)
+    with torch.no_grad():
+        torch.testing.assert_close(foreign.open(tmp_path)(ids), ours(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_logits_made_in_an_unknown_way_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.CohereConfig(**SMALL, intermediate_size=48, logit_scale=0.25)
+    saved(config, tmp_path)
+    real = foreign.Foreign.__init__
+
+    def blind(self: foreign.Foreign, model: object) -> None:
+        real(self, model)
+        self.scale = 1.0
+
+    monkeypatch.setattr(foreign.Foreign, "__init__", blind)
+    with pytest.raises(UserError, match="CohereForCausalLM makes its logits"):
+        foreign.open(tmp_path)
+
+
+def test_what_transformers_cannot_open_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=str(tmp_path)):
+        foreign.open(tmp_path)
+
+
+def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
+    saved(transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot open"):
+        foreign.open(tmp_path)
