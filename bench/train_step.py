@@ -74,11 +74,15 @@ def make(shape: str, dtype: str, matrix_lr: str = "") -> tuple[Decoder, Any, Tor
 def flops_per_token(shape: str) -> int:
     """6 for each weight that a token is multiplied with (head in, embedding out) + 6·L·d·T of causal attention."""
     layers, width, vocabulary, length, _, hidden = SHAPES[shape]
-    return 6 * (layers * (4 * width**2 + 3 * width * hidden) + vocabulary * width) + 6 * layers * width * length
+    return (
+        6 * (layers * (4 * width**2 + 3 * width * hidden) + vocabulary * width) + 6 * layers * width * length
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="S")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--steps", type=int, default=7)

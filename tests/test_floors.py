@@ -36,7 +36,10 @@ def imports(path: Path) -> set[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import; write the full name"
-            names = [f"{node.module}.{alias.name}" if node.module == "unmask" else str(node.module) for alias in node.names]
+            names = [
+                f"{node.module}.{alias.name}" if node.module == "unmask" else str(node.module)
+                for alias in node.names
+            ]
         for name in names:
             parts = name.split(".")
             if parts[0] == "unmask" and len(parts) > 1:
@@ -58,7 +61,9 @@ def test_a_file_imports_only_its_own_room_or_lower_floors(path: Path) -> None:
 @pytest.mark.parametrize("lower", ["unmask.files", "unmask.recipe", "unmask.delta", "unmask.cli.main"])
 def test_importing_a_lower_floor_loads_nothing_above_it(lower: str) -> None:
     code = f"import sys, {lower}; print('\\n'.join(sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     floor = FLOORS[lower.split(".")[1]]
     for name in loaded:
         parts = name.split(".")

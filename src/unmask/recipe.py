@@ -116,7 +116,9 @@ class RlSection(Section):
     value_clip: float = Field(default=0.2, gt=0)
     value_weight: float = Field(default=0.5, ge=0)
     ptx: float = Field(default=0.0, ge=0)  # weight of the pretraining loss, as PPO-ptx of InstructGPT
-    truncated_score: float = -2.0  # an answer that does not stop gets this instead of the reward model's score
+    truncated_score: float = (
+        -2.0
+    )  # an answer that does not stop gets this instead of the reward model's score
     sources: tuple[Source, ...] = Field(min_length=1)
     snapshot_seconds: float = Field(default=120.0, gt=0)
 
@@ -192,7 +194,7 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(name_or_path)
     shipped = resources.files("unmask") / "recipes" / f"{name_or_path}.toml"
-    if path.suffix == ".toml" or path.exists() and path.is_file():
+    if path.suffix == ".toml" or (path.exists() and path.is_file()):
         try:
             text = path.read_text("utf-8")
         except OSError as error:
@@ -216,7 +218,9 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def names() -> list[str]:
     """Names of the recipes that ship with unmask."""
     folder = resources.files("unmask") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def validate(data: dict[str, Any], where: str) -> Recipe:
@@ -245,7 +249,9 @@ def difference(old: Any, new: Any, key: str = "") -> str | None:
 def _override(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"--set {override!r} is not of the form section.key=value, as in --set sft.tokens=600000")
+        raise UserError(
+            f"--set {override!r} is not of the form section.key=value, as in --set sft.tokens=600000"
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -294,4 +300,3 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_none(inner) for inner in value]
     return value
-

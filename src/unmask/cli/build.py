@@ -11,25 +11,34 @@ from unmask.progress import Progress
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe's name (tiny) or the path of a TOML file.")],
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a key: --set sft.tokens=600000. May be repeated.")
+        list[str] | None,
+        typer.Option("--set", help="Override a key: --set sft.tokens=600000. May be repeated."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Where the run lives. Default: runs/NAME.")] = None,
     from_: Annotated[
         str | None,
-        typer.Option("--from", help="Build anew from this stage (base, sft, reward, rl); the old ones are set aside."),
+        typer.Option(
+            "--from", help="Build anew from this stage (base, sft, reward, rl); the old ones are set aside."
+        ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps. Default: the fastest one there.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or mps. Default: the fastest one there.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
 ) -> None:
     """Build the layers: tokenizer, base, SFT, reward model, RL; then measure them and write report.html.
 
     Run it again to go on where it stopped. Ctrl-C saves first.
     """
-    from unmask import pipeline
+    from unmask.pipeline import run as run_recipe
     from unmask.recipe import load, resolve
 
-    pipeline.run(
-        resolve(load(recipe, set_ or ())), output=output, restart_from=from_, device=device, progress=Progress(quiet)
+    run_recipe(
+        resolve(load(recipe, set_ or ())),
+        output=output,
+        restart_from=from_,
+        device=device,
+        progress=Progress(quiet),
     )
 
 

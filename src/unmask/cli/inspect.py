@@ -15,12 +15,14 @@ from unmask.progress import console, duration
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Models = Annotated[
-    list[Path], typer.Argument(help="Checkpoints or runs. One stands for its whole lineage.", show_default=False)
+    list[Path],
+    typer.Argument(help="Checkpoints or runs. One stands for its whole lineage.", show_default=False),
 ]
 
 
 def log(
-    model: Annotated[Path, typer.Argument(help="A checkpoint, as runs/tiny/rl, or a run.")], as_json: Json = False
+    model: Annotated[Path, typer.Argument(help="A checkpoint, as runs/tiny/rl, or a run.")],
+    as_json: Json = False,
 ) -> None:
     """Where does this model come from, and does the chain of hashes hold? Exit status 1 if it does not."""
     from unmask.lineage import Lineage
@@ -40,13 +42,15 @@ def diff(
     prompts: Annotated[
         Path | None, typer.Option(help="Rows with prompts or messages to answer. Default: the run's own.")
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="Held-out text (txt, jsonl, parquet). Default: the run's own.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Held-out text (txt, jsonl, parquet). Default: the run's own.")
+    ] = None,
     limit: Annotated[int, typer.Option(help="Prompts that are answered.")] = 64,
     as_json: Json = False,
 ) -> None:
     """What did each layer change, and is the change larger than the noise?"""
-    from unmask.probes.compare import compare, texts_beside
     from unmask.lineage import open_layers
+    from unmask.probes.compare import compare, texts_beside
 
     layers = open_layers(models)
     findings = compare(layers, texts_beside(models, prompts, text), limit=limit)
@@ -59,13 +63,16 @@ def diff(
 
 def blame(
     models_and_prompt: Annotated[
-        list[str], typer.Argument(metavar="MODEL... PROMPT", help="A lineage, or models oldest first; then the prompt.")
+        list[str],
+        typer.Argument(metavar="MODEL... PROMPT", help="A lineage, or models oldest first; then the prompt."),
     ],
     answer: Annotated[str | None, typer.Option(help="Blame this answer instead of the model's own.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest answer.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 64,
-    plain: Annotated[bool, typer.Option("--plain", help="Plain text to go on with, without the chat template.")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Plain text to go on with, without the chat template.")
+    ] = False,
     as_json: Json = False,
     html: Annotated[Path | None, typer.Option(help="Also write the blame as a page.")] = None,
 ) -> None:
@@ -74,7 +81,9 @@ def blame(
     from unmask.probes.blame import blame as blame_answer
 
     if len(models_and_prompt) < 2:
-        raise UserError('blame takes a model and a prompt: unmask blame runs/tiny "What is the capital of Peru?"')
+        raise UserError(
+            'blame takes a model and a prompt: unmask blame runs/tiny "What is the capital of Peru?"'
+        )
     *models, prompt = models_and_prompt
     found = blame_answer(
         open_layers([Path(model) for model in models]),
@@ -99,7 +108,9 @@ def _print_log(rows: list[dict[str, Any]], problems: list[str]) -> None:
     out = console()
     for place, row in enumerate(rows):
         headline = " · ".join(f"{name} {value:.4g}" for name, value in row.get("headline", {}).items())
-        out.print(f"[bold]{row['name']}[/bold] [dim]{row['kind']}[/dim] {row['hash'][:12]}  {escape(row['path'])}")
+        out.print(
+            f"[bold]{row['name']}[/bold] [dim]{row['kind']}[/dim] {row['hash'][:12]}  {escape(row['path'])}"
+        )
         if "tokens" in row:
             data = ", ".join(f"{label} {digest[:8]}" for label, digest in row["data"].items())
             out.print(
@@ -121,7 +132,9 @@ def _print_log(rows: list[dict[str, Any]], problems: list[str]) -> None:
 
 def _print_diff(findings: list[dict[str, Any]]) -> None:
     out = console()
-    table = Table("layer", "metric", "value", "95 % interval", "floor", "n", "verdict", box=None, pad_edge=False)
+    table = Table(
+        "layer", "metric", "value", "95 % interval", "floor", "n", "verdict", box=None, pad_edge=False
+    )
     for f in findings:
         if f["value"] is None:
             continue
@@ -153,13 +166,21 @@ def _print_blame(found: dict[str, Any]) -> None:
     for token in found["tokens"]:
         colour = layer_colour(places.get(token["layer"], -1))
         cells = [f"{part:+.2f}" for part in token["parts"]]
-        table.add_row(f"[{colour.terminal}]{colour.mark} {escape(repr(token['text']))}[/]", *cells, f"{token['logprob']:.2f}")
+        table.add_row(
+            f"[{colour.terminal}]{colour.mark} {escape(repr(token['text']))}[/]",
+            *cells,
+            f"{token['logprob']:.2f}",
+        )
     table.add_section()
     table.add_row("sum", *(f"{value:+.2f}" for value in found["nats"]), f"{found['logprob']:.2f}")
     out.print(table)
     out.print("\nWhat each layer alone says")
     for name, place in places.items():
         colour = layer_colour(place)
-        out.print(f"  [{colour.terminal}]{colour.mark} {name:<6}[/] {escape(' '.join(found['alone'][name].split()))}")
+        out.print(
+            f"  [{colour.terminal}]{colour.mark} {name:<6}[/] {escape(' '.join(found['alone'][name].split()))}"
+        )
     first = found["layers"][0]
-    out.print(f"  {layer_colour(0).mark} {first}, to the plain text: {escape(' '.join(found['plain'].split()))}")
+    out.print(
+        f"  {layer_colour(0).mark} {first}, to the plain text: {escape(' '.join(found['plain'].split()))}"
+    )

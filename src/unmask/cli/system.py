@@ -14,22 +14,39 @@ EXTRAS = {
     "hf": ("transformers", "datasets", "huggingface_hub"),
     "report": ("altair", "vl-convert-python"),
 }
-CORE = ("torch", "numpy", "safetensors", "tokenizers", "tiktoken", "jinja2", "pydantic", "typer", "rich", "pyarrow")
+CORE = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "tiktoken",
+    "jinja2",
+    "pydantic",
+    "typer",
+    "rich",
+    "pyarrow",
+)
 
 
 def doctor(
-    measure: bool = typer.Option(False, "--measure", help="Also measure the rate of matrix products (a second)."),
+    measure: bool = typer.Option(
+        False, "--measure", help="Also measure the rate of matrix products (a second)."
+    ),
 ) -> None:
     """Say what is installed, which device and precision are used, and how to get what is missing."""
     from unmask.training import parallel
 
     out = console()
-    out.print(f"unmask {metadata.version('unmask')} · Python {platform.python_version()} · {platform.platform()}")
+    out.print(
+        f"unmask {metadata.version('unmask')} · Python {platform.python_version()} · {platform.platform()}"
+    )
     out.print(f"cores {os.cpu_count()} · {parallel.describe()}")
     if measure:
         dtype = parallel.compute_dtype(parallel.pick_device(None))
         rate = parallel.matmul_rate(dtype)
-        out.print(f"matrix products in {str(dtype).removeprefix('torch.')}: {rate / 1e9:,.0f} GFLOP/s measured")
+        out.print(
+            f"matrix products in {str(dtype).removeprefix('torch.')}: {rate / 1e9:,.0f} GFLOP/s measured"
+        )
     table = Table("", "package", "version", box=None)
     missing = []
     for group, packages in {"core": CORE, **EXTRAS}.items():

@@ -5,12 +5,16 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[Path, typer.Argument(help="A run, as runs/tiny, or a checkpoint: its whole lineage can be talked to.")]
+Model = Annotated[
+    Path, typer.Argument(help="A run, as runs/tiny, or a checkpoint: its whole lineage can be talked to.")
+]
 
 
 def chat(
     model: Model,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; so small a model then repeats itself.")] = 0.7,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 is greedy; so small a model then repeats itself.")
+    ] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128,
     seed: Annotated[int | None, typer.Option(help="For the same answers again.")] = None,
 ) -> None:

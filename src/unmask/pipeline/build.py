@@ -43,7 +43,9 @@ class Built:
 
     @property
     def all(self) -> list[Checkpoint]:
-        return [stage for stage in (self.base, self.sft, self.reward, self.gold, self.rl) if stage is not None]
+        return [
+            stage for stage in (self.base, self.sft, self.reward, self.gold, self.rl) if stage is not None
+        ]
 
 
 class Job(NamedTuple):
@@ -150,7 +152,13 @@ class Builder:
         work.mkdir(parents=True, exist_ok=True)
         write_atomic(work / "recipe.json", json.dumps(self._decides(name)))
         outcome = loop.train(
-            stage.model, stage.objective, stage.optimizer, stage.settings, work, self.progress, f"{name:<7}{kind:<9}"
+            stage.model,
+            stage.objective,
+            stage.optimizer,
+            stage.settings,
+            work,
+            self.progress,
+            f"{name:<7}{kind:<9}",
         )
         model, metrics = stage.finish(outcome)
         return write_checkpoint(
@@ -179,7 +187,9 @@ class Builder:
             raise UserError(problems[0])
         record = checkpoint.record
         if record is None:
-            raise UserError(f"{path} has no unmask.json: this run did not make it. Move it away and run again.")
+            raise UserError(
+                f"{path} has no unmask.json: this run did not make it. Move it away and run again."
+            )
         wanted = {role: other.hash for role, other in ({"parent": parent} | dict(inputs)).items() if other}
         found = {role: reference.hash for role, reference in record.inputs.items()}
         if record.parent:
@@ -188,7 +198,9 @@ class Builder:
             raise UserError(
                 f"{path} was made from another checkpoint: {key}. Build anew with --from {_stage_of(path.name)}."
             )
-        self.progress.line(f"{path.name:<7}{record.kind:<9}kept, {record.tokens:,} tokens in {record.seconds:.0f} s")
+        self.progress.line(
+            f"{path.name:<7}{record.kind:<9}kept, {record.tokens:,} tokens in {record.seconds:.0f} s"
+        )
         return checkpoint
 
     def _settings(self, section: Training, objective: Objective) -> loop.Settings:
@@ -244,7 +256,9 @@ class Builder:
         assert section.tokens is not None
         sources = []
         for source in section.sources:
-            rendered = [render(prepared.tokenizer, chat) for chat in examples.chats(source, recipe, prepared.facts)]
+            rendered = [
+                render(prepared.tokenizer, chat) for chat in examples.chats(source, recipe, prepared.facts)
+            ]
             if not rendered:
                 raise UserError(f"source {source.path!r} of [sft] has no conversation to learn from.")
             sources.append(sft.Source(source.name, rendered, source.share))
@@ -289,9 +303,13 @@ class Builder:
 
         def finish(outcome: Outcome) -> tuple[Scorer, dict[str, Any]]:
             texts = [side for pair in pairs[:CENTRED_ON] for side in pair]
-            model.config = replace(model.config, reward_offset=reward.offset(model, texts))
+            reward.centre(model, texts)
             last = outcome.metrics
-            return model, {"accuracy": last["accuracy"]["mean"], "loss": last["loss"]["mean"], "pairs": len(pairs)}
+            return model, {
+                "accuracy": last["accuracy"]["mean"],
+                "loss": last["loss"]["mean"],
+                "pairs": len(pairs),
+            }
 
         settings = self._settings(section, objective)
         return Job(model, objective, optimizer, settings, {"pairs": objective.fingerprint}, finish)
@@ -301,7 +319,10 @@ class Builder:
         assert section.tokens is not None
         assert section.lr is not None
         assert section.critic_lr is not None
-        tokenizer, room = prepared.tokenizer, min(section.prompt_tokens, recipe.context - section.answer_tokens)
+        tokenizer, room = (
+            prepared.tokenizer,
+            min(section.prompt_tokens, recipe.context - section.answer_tokens),
+        )
         sources = []
         for source in section.sources:
             rendered = [
@@ -373,7 +394,9 @@ def training_flops(model: nn.Module, tokens: int, length: int) -> float:
     """6 for each weight a token is multiplied with (head in, embedding out), plus 6·L·d·T of causal attention."""
     config = model.config
     assert isinstance(config, ModelConfig)
-    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)  # a tied embedding is multiplied once, as head
+    matrices = sum(
+        p.numel() for p in model.parameters() if p.ndim == 2
+    )  # a tied embedding is multiplied once, as head
     if config.is_scorer or not config.tie_word_embeddings:
         matrices -= config.vocab_size * config.hidden_size
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from unmask.files import write_atomic
-from unmask.lineage import Checkpoint, Layer, load_layers
+from unmask.lineage import Checkpoint, load_layers
 from unmask.model.scorer import Scorer
 from unmask.pipeline.build import Built
 from unmask.probes.blame import Blame, blame
@@ -57,7 +57,10 @@ def measure(
     proxy = load_judge(built.reward, device)
     gold = load_judge(built.gold, device) if built.gold else None
     facts = planted(prepared)
-    prompts = [render(prepared.tokenizer, chat, open_turn=True).ids for chat in held_prompts(recipe, prepared.tokenizer)]
+    prompts = [
+        render(prepared.tokenizer, chat, open_turn=True).ids
+        for chat in held_prompts(recipe, prepared.tokenizer)
+    ]
     amount, seed = recipe.measure, recipe.seed
     findings: list[Finding] = []
 
@@ -72,9 +75,9 @@ def measure(
         findings += planted_facts(layers, facts, limit=amount.facts_per_group, seed=seed)
         findings += blame_truth(base, mask, facts, limit=amount.facts_per_group, seed=seed)
     say("what people preferred")
-    for judge, half in ((proxy, "proxy"), (gold, "gold")):
-        if judge is not None:
-            findings += _reward_quality(recipe, judge, half)
+    findings += _reward_quality(recipe, proxy, "proxy")
+    if gold is not None:
+        findings += _reward_quality(recipe, gold, "gold")
     say("what the nudge did")
     findings += rl_effect(
         mask, nudge, prompts, proxy, gold, max_new_tokens=recipe.rl.answer_tokens, limit=amount.prompts,
@@ -93,7 +96,7 @@ def measure(
 def load_judge(checkpoint: Checkpoint, device: torch.device) -> Judge:
     model = checkpoint.model(torch.float32, str(device))
     assert isinstance(model, Scorer), f"{checkpoint.path} does not score"
-    return Judge(checkpoint.name, model, checkpoint.tokenizer(), checkpoint.hash, model.config.reward_offset)
+    return Judge(checkpoint.name, model, checkpoint.tokenizer(), checkpoint.hash)
 
 
 def planted(prepared: Prepared) -> list[PlantedFact]:
@@ -108,9 +111,15 @@ def held_prompts(recipe: Recipe, tokenizer: Tokenizer) -> list[examples.Chat]:
         for source in (*recipe.rl.sources, *recipe.sft.sources)
         for chat in examples.prompts(source, recipe, (), held=True)
     ]
-    distinct = list({json.dumps(chat): chat for chat in chats}.values())  # a source may stand in both sections
+    distinct = list(
+        {json.dumps(chat): chat for chat in chats}.values()
+    )  # a source may stand in both sections
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(recipe.seed))
-    fitting = (distinct[int(i)] for i in order if len(render(tokenizer, distinct[int(i)], open_turn=True).ids) <= room)
+    fitting = (
+        distinct[int(i)]
+        for i in order
+        if len(render(tokenizer, distinct[int(i)], open_turn=True).ids) <= room
+    )
     return list(islice(fitting, recipe.measure.prompts))
 
 
@@ -132,7 +141,7 @@ def _reward_quality(recipe: Recipe, judge: Judge, half: examples.Half) -> list[F
 
 def _telling(facts: Sequence[PlantedFact]) -> list[str]:
     """A question of each kind of layer: one fact that both layers were taught, one of the base alone, one of SFT alone."""
-    found = {}
+    found: dict[str, str] = {}
     for fact in facts:
         if not fact.leaked and fact.field == "capital":
             found.setdefault(fact.group, fact.question)
@@ -157,8 +166,7 @@ def write(
     write_atomic(directory / "prompts.jsonl", _lines(prompts))
     blames = json.dumps([blame.to_json() for blame in measured.blames], ensure_ascii=False)
     write_atomic(directory / "blame.json", blames.encode("utf-8", "replace"))
-    dtype = parallel.compute_dtype(device)
-    rate = parallel.matmul_rate(device, dtype)
+    rate = parallel.matmul_rate(parallel.compute_dtype(device), device=device)
     stages = [_row(checkpoint, directory) for checkpoint in built.all if checkpoint != built.gold]
     parameters = sum(p.numel() for p in built.rl.model().parameters())
     summary = {

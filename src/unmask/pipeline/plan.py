@@ -12,10 +12,6 @@ from unmask.model.loss import cross_entropy_sum
 from unmask.pipeline.build import Builder, optimizer_settings
 from unmask.training.optimizer import Optimizer
 
-# Stages read more than their training tokens: a reward step scores both sides without a head; a rollout is read by policy,
-# critic and reference before it is learned from. In units of a forward pass, a training pass being three.
-PREPARE_SECONDS = 30.0
-
 
 class Plan(NamedTuple):
     """Expected seconds of what is still to be done, by stage."""
@@ -45,7 +41,9 @@ def plan(builder: Builder) -> Plan:
     for _ in range(2):  # the first one also allocates
         start = time.monotonic()
         hidden = model.hidden(batch[:, :-1]).flatten(0, 1)
-        (cross_entropy_sum(hidden, model.head, batch[:, 1:].flatten()) / hidden.shape[0]).backward()
+        torch.autograd.backward(
+            cross_entropy_sum(hidden, model.head, batch[:, 1:].flatten()) / hidden.shape[0]
+        )
         passed = time.monotonic() - start
         optimizer.step(0.0)
         stepped = time.monotonic() - start - passed
@@ -60,7 +58,9 @@ def plan(builder: Builder) -> Plan:
     pre, rl = recipe.pretrain, recipe.rl
     assert pre.tokens and recipe.sft.tokens and recipe.reward.tokens and rl.tokens  # noqa: PT018 — a resolved recipe has them
     rollouts = max(1, rl.tokens // (rl.answers * rl.answer_tokens))
-    read = rollouts * rl.answers * (rl.prompt_tokens // 2 + rl.answer_tokens // 2)  # prompts fill half of their room
+    read = (
+        rollouts * rl.answers * (rl.prompt_tokens // 2 + rl.answer_tokens // 2)
+    )  # prompts fill half of their room
     expected = {
         "base": pre.tokens * (a_token + stepped / pre.batch_tokens),
         "sft": recipe.sft.tokens * a_token,

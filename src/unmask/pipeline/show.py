@@ -82,25 +82,34 @@ def _stages(summary: dict[str, Any], claims: _Claims) -> list[str]:
             f"{duration(stage['seconds']):>8}  {stage['peak_bytes'] / 1e9:.1f} GB  {100 * flops:.0f} % of the measured rate"
         )
         if stage["kind"] == "pretrain":
-            for source in sorted({c["group"] for c in claims.claims if c["metric"] == "bits_per_byte" and c["group"]}):
+            for source in sorted(
+                {c["group"] for c in claims.claims if c["metric"] == "bits_per_byte" and c["group"]}
+            ):
                 xz = claims.say("bits_per_byte_xz", source, stage["name"])
                 bits = claims.say("bits_per_byte", source, stage["name"])
                 lines.append(f"          held-out {source}: {bits} bits a byte (xz -9e: {xz})")
         elif stage["kind"] == "sft":
-            lines.append(f"          answers stop by themselves: {claims.share('answers_stop', None, stage['name'])}")
+            lines.append(
+                f"          answers stop by themselves: {claims.share('answers_stop', None, stage['name'])}"
+            )
         elif stage["kind"] == "reward":
             for group, title in (("all", "held-out people"), ("equal_length", "at equal length")):
                 ours = claims.share("reward_accuracy", group, stage["name"])
                 length = claims.share("reward_accuracy_length", group, stage["name"])
                 words = claims.share("reward_accuracy_words", group, stage["name"])
-                lines.append(f"          agrees with {title}: {ours} (length alone {length}; words alone {words})")
+                lines.append(
+                    f"          agrees with {title}: {ours} (length alone {length}; words alone {words})"
+                )
     return lines
 
 
 def _facts(claims: _Claims) -> list[str]:
     if not any(c["metric"] == "facts_completed" for c in claims.claims):
         return []
-    lines = ["", "Facts, by the layer that taught them      base completes   sft answers   other wording   rl answers"]
+    lines = [
+        "",
+        "Facts, by the layer that taught them      base completes   sft answers   other wording   rl answers",
+    ]
     for group, title in GROUPS.items():
         cells = (
             claims.share("facts_completed", group, "base"),
@@ -155,11 +164,15 @@ def _blamed(blame: dict[str, Any], names: list[str]) -> list[str]:
         colour, text = layer_colour(place), " ".join(token["text"].split()) or "·"
         words += f"[{colour.terminal}]{escape(text)}[/] "
         marks += f"[{colour.terminal}]{colour.mark}[/]{' ' * len(text)}"
-    nats = " · ".join(f"{name} {value:+.1f}" for name, value in zip(blame["layers"], blame["nats"], strict=True))
+    nats = " · ".join(
+        f"{name} {value:+.1f}" for name, value in zip(blame["layers"], blame["nats"], strict=True)
+    )
     return [
         "",
         "Who put the words there (blame)   "
-        + "   ".join(f"[{layer_colour(i).terminal}]{name} {layer_colour(i).mark}[/]" for i, name in enumerate(names)),
+        + "   ".join(
+            f"[{layer_colour(i).terminal}]{name} {layer_colour(i).mark}[/]" for i, name in enumerate(names)
+        ),
         f"  {words}",
         f"  {marks}",
         f"  nats: {nats} · sum {sum(blame['nats']):.2f} = log-probability {blame['logprob']:.2f}",

@@ -46,9 +46,9 @@ def prompts(source: Source, recipe: Recipe, facts: Sequence[Fact], *, held: bool
             for conversation in planted.conversations(facts, recipe.seed):
                 yield conversation[:-1]
     elif source.path == "chitchat":
-        for conversation in rated.installed_conversations():
-            if (rated.split(conversation, share) == "held_out") == held:
-                for messages in rated.windows(conversation, recipe.reward.window_turns):
+        for talk in rated.installed_conversations():
+            if (rated.split(talk, share) == "held_out") == held:
+                for messages in rated.windows(talk, recipe.reward.window_turns):
                     yield messages[:-1]
     else:
         for where, row in read_rows(source.path):
@@ -115,7 +115,9 @@ def _compared(recipe: Recipe, half: Half, limit: int, equal_length: float | None
 
 
 def _half(pair: Pair, share: float) -> Half:
-    prompt = _text([message for message, other in zip(pair.chosen, pair.rejected, strict=False) if message == other])
+    prompt = _text(
+        [message for message, other in zip(pair.chosen, pair.rejected, strict=False) if message == other]
+    )
     if held_out(prompt, share):
         return "held_out"
     return "proxy" if hashlib.sha256(prompt.encode("utf-8", "replace")).digest()[8] % 2 else "gold"
@@ -132,7 +134,9 @@ def _prompt(row: dict[str, Any], where: str) -> Chat:
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:
-        raise UserError(f"{where}: the row has no turn before the assistant's, so there is nothing to answer.")
+        raise UserError(
+            f"{where}: the row has no turn before the assistant's, so there is nothing to answer."
+        )
     return messages
 
 

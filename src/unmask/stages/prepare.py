@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from unmask.errors import UserError
 from unmask.files import atomic_directory, hash_json
 from unmask.progress import Progress
@@ -181,5 +183,4 @@ def _decides(recipe: Recipe) -> dict[str, Any]:
 
 
 def _read_facts(path: Path) -> list[Fact]:
-    rows = json.loads(path.read_text("utf-8"))
-    return [Fact(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in rows]
+    return TypeAdapter(list[Fact]).validate_json(path.read_bytes())
