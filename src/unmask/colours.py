@@ -1,9 +1,10 @@
 """The colours of the layers: one table for the terminal, the page and the figures.
 
-A layer's place in the lineage decides its colour, so that a layer looks the same everywhere. A colour never
-stands alone: each has a mark and an underline of its own. The hues of the first four stay apart for people who do
-not see red or green (simulated after Machado et al. 2009). `terminal` has a contrast of at least 3.8 : 1 on black
-and on white alike, since a program cannot know which it is; `light` and `dark` have 4.5 : 1 on their page.
+A layer's place in the lineage decides its colour, so that a layer looks the same everywhere. A colour
+never stands alone: each has a mark and an underline of its own. The hues of the first four stay apart for
+people who do not see red or green (simulated after Machado et al. 2009). `terminal` has a contrast of at
+least 3.8 : 1 on black and on white alike, as a program cannot know which it is; `light` and `dark` have
+4.5 : 1 on their page.
 """
 
 from typing import NamedTuple
@@ -30,5 +31,5 @@ NO_LAYER = LayerColour("#808080", "#6b6f76", "#9aa0a8", "·", "none")
 
 
 def layer_colour(place: int) -> LayerColour:
-    """The colour of the layer at this place of the lineage, 0 the oldest, -1 none; past the table it repeats."""
+    """The colour of the layer at this place of the lineage: 0 the oldest, -1 none; it repeats at the end."""
     return LAYER_COLOURS[place % len(LAYER_COLOURS)] if place >= 0 else NO_LAYER

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from unmask.errors import UserError
 from unmask.files import hash_json
-from unmask.lineage import Checkpoint, Lineage, load_layers
+from unmask.lineage import Checkpoint, Lineage, load_layers, open_layers
 from unmask.text.tokenizer import Tokenizer
 
 
@@ -256,11 +256,39 @@ def test_a_record_of_a_newer_format_says_so(run: Path) -> None:
 def test_what_is_no_checkpoint_is_said_with_what_is(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
         Lineage.open(run / "nowhere")
+    with pytest.raises(UserError, match=r"hf download Qwen/Qwen3-0.6B "):
+        Lineage.open("Qwen/Qwen3-0.6B")
     with pytest.raises(UserError, match=r"is a run.*base.*reward.*rl.*sft"):
-        Lineage.open(run)
+        Checkpoint.open(run)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no config\.json"):
         Lineage.open(tmp_path / "empty")
+
+
+def test_a_run_stands_for_its_last_layer_and_two_last_layers_are_a_question(
+    run: Path, tokenizer: Tokenizer
+) -> None:
+    assert Lineage.open(run).tip.path == run / "rl"
+    shutil.copytree(run / "rl", run / "a copy")
+    assert Lineage.open(run).tip.path == run / "rl"
+    write(run / "dpo", tokenizer, seed=8, parent=Checkpoint.open(run / "sft"))
+    with pytest.raises(UserError, match="is a run"):
+        Lineage.open(run)
+
+
+def test_one_path_opens_its_lineage_and_several_open_themselves(run: Path) -> None:
+    assert [layer.name for layer in open_layers([run])] == ["base", "sft", "rl"]
+    assert [layer.name for layer in open_layers([run / "base", run / "rl", run / "rl"])] == [
+        "base",
+        "rl",
+        "rl",
+    ]
+    shutil.rmtree(run / "base")  # each for itself: no parent is asked for
+    assert [layer.name for layer in open_layers([run / "sft", run / "rl"])] == ["sft", "rl"]
+    path = run / "rl" / "chat_template.jinja"
+    path.write_text("{{ messages }}")
+    with pytest.raises(UserError, match="rl: the chat template"):
+        open_layers([run / "sft", run / "rl"])
 
 
 def test_rows_say_what_log_prints(run: Path) -> None:
@@ -269,5 +297,5 @@ def test_rows_say_what_log_prints(run: Path) -> None:
     assert rows[1]["parent_hash"] == rows[0]["hash"]
     assert rows[2]["inputs"] == {"reward": Checkpoint.open(run / "reward").hash}
     assert rows[0]["tokens"] == 1000
-    assert rows[0]["headline"] == {"loss": {"last": 2.5, "mean": 2.6}}
+    assert rows[0]["headline"] == {"grad_norm": 0.5}
     json.dumps(rows)

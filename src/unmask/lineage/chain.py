@@ -13,6 +13,7 @@ from unmask.lineage import record as records
 from unmask.lineage.checkpoint import Checkpoint
 from unmask.lineage.contents import short
 from unmask.lineage.record import Reference
+from unmask.model import weights
 from unmask.model.decoder import Decoder
 from unmask.model.scorer import Scorer
 from unmask.text.tokenizer import Tokenizer
@@ -72,9 +73,7 @@ class Lineage:
 
     def load(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Layer]:
         """The layers, oldest first, in one vocabulary. Raises UserError if the chain does not hold."""
-        if problems := self._problems(inputs=False):
-            count = len(problems) - 1
-            raise UserError(problems[0] + (f" ({count} more: `unmask log {self.tip.path}`)" if count else ""))
+        _refuse(self._problems(inputs=False), self.tip)
         return load_layers(self.layers, dtype, device)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -108,21 +107,30 @@ class Lineage:
 
 
 def tip_of_run(path: Path) -> Path | None:
-    """The language model in the run `path` that no other one there descends from; None if there is not exactly one."""
-    if (path / "config.json").exists():
+    """The language model in the run `path` that none there descends from; None if there is not exactly one."""
+    if (path / weights.CONFIG).exists():
         return None
     found = [Checkpoint.open(file.parent) for file in sorted(path.glob(f"*/{records.FILE}"))]
-    models = [checkpoint for checkpoint in found if checkpoint.is_language_model]
-    parents = {c.record.parent.hash for c in models if c.record is not None and c.record.parent is not None}
-    tips = [checkpoint.path for checkpoint in models if checkpoint.hash not in parents]
-    return tips[0] if len(tips) == 1 else None
+    parents = {c.record.parent.hash for c in found if c.record is not None and c.record.parent is not None}
+    models = [c for c in found if c.is_language_model and c.hash not in parents]
+    # Of a model and its copies, the one in the directory of its name.
+    tips = {c.hash: c.path for c in sorted(models, key=lambda c: c.path.name == c.name)}
+    return next(iter(tips.values())) if len(tips) == 1 else None
 
 
-def open_layers(paths: Sequence[Path], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Layer]:
-    """Layers to compare, oldest first: the whole lineage of one checkpoint or run, or else the models named."""
+def open_layers(
+    paths: Sequence[Path], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> list[Layer]:
+    """Layers to compare, oldest first: the whole lineage of one checkpoint or run, or else the models named.
+
+    Raises UserError if a hash does not hold, or they do not share a tokenizer.
+    """
     if len(paths) == 1:
         return Lineage.open(paths[0]).load(dtype, device)
-    return load_layers([Checkpoint.open(tip_of_run(path) or path) for path in paths], dtype, device)
+    checkpoints = [Checkpoint.open(tip_of_run(path) or path) for path in paths]
+    for checkpoint in checkpoints:
+        _refuse(checkpoint.problems(), checkpoint)
+    return load_layers(checkpoints, dtype, device)
 
 
 def load_layers(
@@ -141,6 +149,12 @@ def load_layers(
             )
         layers.append(Layer(checkpoint.name, model, tokenizer, checkpoint.hash))
     return layers
+
+
+def _refuse(problems: Sequence[str], checkpoint: Checkpoint) -> None:
+    if problems:
+        count = len(problems) - 1
+        raise UserError(problems[0] + (f" ({count} more: `unmask log {checkpoint.path}`)" if count else ""))
 
 
 def _follow(checkpoint: Checkpoint, role: str, reference: Reference) -> Checkpoint | str:
@@ -185,7 +199,7 @@ def _row(checkpoint: Checkpoint) -> dict[str, Any]:
     }
     if (record := checkpoint.record) is None:
         return row
-    headline = next(iter(record.metrics.items()), None)
+    numbers = {name: value for name, value in record.metrics.items() if isinstance(value, int | float)}
     return row | {
         "parent_hash": record.parent.hash if record.parent else None,
         "inputs": {role: reference.hash for role, reference in record.inputs.items()},
@@ -194,5 +208,5 @@ def _row(checkpoint: Checkpoint) -> dict[str, Any]:
         "tokens": record.tokens,
         "seconds": record.seconds,
         "peak_bytes": record.peak_bytes,
-        "headline": {headline[0]: headline[1]} if headline else {},
+        "headline": dict(list(numbers.items())[:1]),
     }

@@ -96,8 +96,17 @@ class Checkpoint:
 
 def _no_checkpoint(path: Path) -> str:
     if not path.is_dir():
-        return f"{path}: there is no such directory. Give the directory of a checkpoint, as runs/tiny/rl."
+        hint = (
+            f" To fetch it from the Hub: hf download {path} --local-dir DIRECTORY." if _hub_id(path) else ""
+        )
+        return (
+            f"{path}: there is no such directory. Give the directory of a checkpoint, as runs/tiny/rl.{hint}"
+        )
     inside = sorted(str(found.parent) for found in path.glob(f"*/{records.FILE}"))
     if inside:
         return f"{path} is a run, not a checkpoint. Give one of its stages: {', '.join(inside)}."
     return f"{path} is not a checkpoint: it has no config.json. Give the directory of a model."
+
+
+def _hub_id(path: Path) -> bool:
+    return not path.is_absolute() and len(path.parts) == 2 and not path.parent.exists()

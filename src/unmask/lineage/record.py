@@ -29,7 +29,7 @@ class Reference(BaseModel):
 
 
 class Record(BaseModel):
-    """One stage. The checkpoint's hash covers all of it; the first of `metrics` is the headline."""
+    """One stage. The checkpoint's hash covers all of it; the first number of `metrics` is the headline."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 

@@ -49,7 +49,7 @@ def write_checkpoint(
 ) -> Checkpoint:
     """Write weights, tokenizer, record and card to `path`.
 
-    The order of `metrics` counts: the first is the stage's headline. Raises UserError if `path` exists, the
+    The order of `metrics` counts: the first number is the stage's headline. Raises UserError if `path` exists, the
     name is taken by an ancestor, the tokenizer is not the parent's, or the disk refuses.
     """
     if parent is not None:
