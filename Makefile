@@ -8,7 +8,7 @@ demo: .venv/demo
 	$(BIN)/unmask run tiny
 
 test: .venv/dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Time of a training step at the shapes S, M, L, beside the rate of matrix products measured in the same process.
 
-    python bench/train_step.py --shape S                # one JSON line: tokens/s, fraction of the measured rate, peak memory
+    python bench/train_step.py --shape S    # one JSON line: tokens/s, fraction of that rate, peak memory
 
 `make(shape, dtype)` gives (model, loss_fn(model, ids, targets), optimizer) to whoever times it beside others.
 """

@@ -94,12 +94,13 @@ class Builder:
             if (found := self._begun(name)) is not None and (key := difference(found, self._decides(name))):
                 raise UserError(
                     f"{self.directory / name} was made with another recipe: {key}. Run with the old value, "
-                    f"give --output another directory, or build anew with --from {_stage_of(name)} (nothing is deleted)."
+                    f"give --output another directory, or or build anew with"
+                    f" --from {_stage_of(name)} (nothing is deleted)."
                 )
 
     def set_aside(self, first: str) -> None:
         """Move this stage and all later ones, with their work, to set-aside/N; nothing is deleted."""
-        later = [name for name in ORDER[ORDER.index(first) :]]
+        later = ORDER[ORDER.index(first) :]
         found = [
             path
             for name in later

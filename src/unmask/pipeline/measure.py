@@ -140,7 +140,7 @@ def _reward_quality(recipe: Recipe, judge: Judge, half: examples.Half) -> list[F
 
 
 def _telling(facts: Sequence[PlantedFact]) -> list[str]:
-    """A question of each kind of layer: one fact that both layers were taught, one of the base alone, one of SFT alone."""
+    """A question each about a fact that both layers were taught, that the base alone was, and SFT alone."""
     found: dict[str, str] = {}
     for fact in facts:
         if not fact.leaked and fact.field == "capital":
@@ -157,7 +157,7 @@ def write(
     seconds: float,
     device: torch.device,
 ) -> None:
-    """findings.jsonl, facts.jsonl, heldout.jsonl, blame.json, and last of all summary.json, which says that a run is done."""
+    """What was measured, and what it was measured on; last of all summary.json, which says that a run is done."""
     write_atomic(directory / "findings.jsonl", _lines([finding.to_json() for finding in measured.findings]))
     write_atomic(directory / "facts.jsonl", _lines([fact.to_row() for fact in prepared.facts]))
     held = [{"source": document.source, "text": document.text} for document in prepared.heldout]

@@ -56,7 +56,7 @@ def plan(builder: Builder) -> Plan:
     a_decode_step = (time.monotonic() - start) / 8
 
     pre, rl = recipe.pretrain, recipe.rl
-    assert pre.tokens and recipe.sft.tokens and recipe.reward.tokens and rl.tokens  # noqa: PT018 — a resolved recipe has them
+    assert pre.tokens and recipe.sft.tokens and recipe.reward.tokens and rl.tokens
     rollouts = max(1, rl.tokens // (rl.answers * rl.answer_tokens))
     read = (
         rollouts * rl.answers * (rl.prompt_tokens // 2 + rl.answer_tokens // 2)

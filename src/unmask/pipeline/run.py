@@ -24,14 +24,15 @@ def run(
 ) -> Path:
     """Build all layers of a resolved recipe, measure them and write report.html; returns the run's directory.
 
-    What is there and was made by the same recipe from the same data and parents is kept; a stage under way goes on from
-    its snapshot. Raises UserError where the recipe, the data or a parent differs from what is there, naming the key, unless
-    `restart_from` names a stage to begin anew from; Interrupted when a signal stopped a stage after it was saved.
+    What the same recipe made from the same data and parents is kept; a stage under way goes on from its snapshot.
+    Raises UserError where recipe, data or parent differ from what is there, naming the key, unless `restart_from` names
+    a stage to begin anew from; Interrupted when a signal stopped a stage after it was saved.
     """
     progress = progress or Progress()
     if restart_from is not None and restart_from not in STAGES:
         raise UserError(
-            f"--from {restart_from}: there is no such stage.{nearest(restart_from, STAGES)} Stages: {', '.join(STAGES)}."
+            f"--from {restart_from}: there is no such stage.{nearest(restart_from, STAGES)}"
+            f" Stages: {', '.join(STAGES)}."
         )
     directory = Path("runs") / recipe.name if output is None else output
     parallel.keep_large_blocks()

@@ -26,8 +26,8 @@ def opening(recipe: Recipe, device: torch.device, plan: Plan) -> str:
     parts = ", ".join(f"{duration(seconds)} {name}" for name, seconds in plan.seconds.items())
     time = f"about {duration(plan.total)} of training ({parts}), then measuring" if parts else "measuring"
     return (
-        f"[bold]unmask[/bold] · recipe {recipe.name} · depth {recipe.depth} · {plan.parameters / 1e6:.1f} M parameters · "
-        f"{parallel.describe(device)} · {time}"
+        f"[bold]unmask[/bold] · recipe {recipe.name} · depth {recipe.depth} · "
+        f"{plan.parameters / 1e6:.1f} M parameters · {parallel.describe(device)} · {time}"
     )
 
 
@@ -76,10 +76,10 @@ class _Claims:
 def _stages(summary: dict[str, Any], claims: _Claims) -> list[str]:
     lines = []
     for number, stage in enumerate(summary["stages"], 1):
-        flops = stage["flops"] / max(stage["seconds"], 1e-9) / summary["matmul_flops_per_second"]
+        rate = stage["flops"] / max(stage["seconds"], 1e-9) / summary["matmul_flops_per_second"]
         lines.append(
             f"{number} [bold]{stage['name']:<7}[/bold]{stage['kind']:<9}{stage['tokens']:>10,} tokens  "
-            f"{duration(stage['seconds']):>8}  {stage['peak_bytes'] / 1e9:.1f} GB  {100 * flops:.0f} % of the measured rate"
+            f"{duration(stage['seconds']):>8}  {stage['peak_bytes'] / 1e9:.1f} GB  {rate:.0%} of the matmul rate"
         )
         if stage["kind"] == "pretrain":
             for source in sorted(
@@ -129,7 +129,7 @@ def _truth(claims: _Claims) -> list[str]:
     n = found["n"] if found else 0
     return [
         "",
-        f"Is blame right? SFT's delta on answers that it alone taught, against those that the base knew (n = {n} countries)",
+        f"Is blame right? SFT's delta on answers that it alone taught, against others (n = {n} countries)",
         f"  AUC {claims.say('blame_auc', 'sft_only_vs_both', 'sft')} against both, "
         f"{claims.say('blame_auc', 'sft_only_vs_base_only', 'sft')} against base only; "
         f"shuffled {claims.say('blame_auc', 'shuffled', 'sft')}",
@@ -144,7 +144,8 @@ def _nudge(claims: _Claims) -> list[str]:
         "",
         f"The nudge: proxy reward {claims.say('proxy_gain', None, 'rl')}, gold at equal length "
         f"{claims.say('gold_gain', None, 'rl')} log-odds",
-        f"  {claims.say('kl_child_parent', None, 'rl')} nats a token from the mask (same weights in bf16: {floor}) · {verdict}",
+        f"  {claims.say('kl_child_parent', None, 'rl')} nats a token from the mask "
+        f"(same weights in bf16: {floor}) · {verdict}",
     ]
 
 

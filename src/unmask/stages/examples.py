@@ -79,8 +79,8 @@ class Preferences(NamedTuple):
 
 
 def preferences(recipe: Recipe, half: Half, *, limit: int, equal_length: float | None) -> Preferences:
-    """At most `limit` comparisons of the half that trains the reward model, of the one that trains the gold scorer, or of
-    what nobody sees. With `equal_length` only those whose sides' lengths in characters differ by at most that share."""
+    """At most `limit` comparisons of the half that trains the reward model, of that of the gold scorer, or of what
+    nobody sees. With `equal_length` only those whose sides' lengths in characters differ by at most that share."""
     source = recipe.reward.source
     if source.path == "chitchat":
         return _rated(recipe, half, limit, equal_length)

@@ -1,4 +1,4 @@
-"""From a recipe's sources to what the layers are trained and measured on: tokenizer, token shards, facts, held-out text.
+"""From a recipe's sources to what layers are trained and measured on: tokenizer, shards, facts, held-out text.
 
 Held-out documents are chosen by the hash of their text, so that one which several layers could read is kept from all of
 them. What was made lies in a directory named by the hash of everything that decided it, so other settings never
@@ -59,7 +59,7 @@ class Prepared:
 def prepare(recipe: Recipe, directory: Path, progress: Progress) -> Prepared:
     """Make, or find made, everything that the text of `recipe` gives.
 
-    Raises UserError for a source that is missing, empty or broken, or a package of the extra `demo` that is not installed.
+    Raises UserError for a source that is missing, empty or broken, or whose package is not installed.
     """
     decided = _decides(recipe)
     place = directory / hash_json(decided)[:16]
