@@ -31,7 +31,7 @@ def test_the_description_names_the_precision_that_is_used() -> None:
 
 def test_the_matmul_rate_is_what_a_product_takes() -> None:
     """Against products timed by hand. Here, on a shared machine, only the order of magnitude is sure."""
-    rate = parallel.matmul_rate(CPU, torch.float32, seconds=0.1)
+    rate = parallel.matmul_rate(torch.float32, seconds=0.1, device=CPU)
     a = torch.randn(1024, 1024)
     start = time.perf_counter()
     for _ in range(4):
