@@ -46,7 +46,8 @@ def texts_beside(models: Sequence[Path], prompts: Path | None, text: Path | None
 
 
 def compare(layers: Sequence[Layer], texts: Texts, *, limit: int = 64, seed: int = 0) -> list[Finding]:
-    """Weights, divergence on answers and on held-out text, and bits per byte, for each layer beside the one below it.
+    """Weights, divergence on answers and on held-out text, and bits per byte, for each layer beside the
+    one below it.
 
     `limit` prompts are answered; those that leave no room for an answer in the context are left out.
     """

@@ -308,6 +308,8 @@ class _Probe:
         noise: Sequence[Sequence[Floats]],
     ) -> None:
         found = estimate(_defined(metric.of, rows), seed=self.seed)
+        if metric.group is not None and found.n < 2:
+            return  # hardly an answer is so long, or stops: there is nothing to tell
         keys = found.fields(corpus.unit)
         if metric.same is not None:
             means = [values.mean() for values in (_defined(metric.of, few) for few in noise) if len(values)]

@@ -87,7 +87,8 @@ def calibration_error(margins: Floats, weights: Floats) -> Floats:
     total = np.zeros(len(weights))
     for part in np.array_split(order, BINS):
         total += np.abs(weights[:, part] @ (right - confidence)[part])
-    return np.asarray(total / weights.sum(1))
+    with np.errstate(invalid="ignore"):  # a resample that drew no pair has no error: NaN
+        return np.asarray(total / weights.sum(1))
 
 
 def calibration_floor(margins: Floats, seed: int = 0) -> float:

@@ -1,0 +1,170 @@
+"""Facts: what counts as stated, and whether layers that were taught known facts are found to know them."""
+
+import numpy as np
+import pytest
+import torch
+
+from unmask.errors import UserError
+from unmask.files import append_lines
+from unmask.lineage import Layer
+from unmask.probes import facts as module
+from unmask.probes.facts import (
+    GROUPS,
+    PlantedFact,
+    answered,
+    begins,
+    completed,
+    planted_facts,
+    read_facts,
+    scored,
+    states,
+)
+from unmask.probes.forward import prompt_ids
+
+
+def fact(country, answer):
+    return PlantedFact(country, "capital", "both", False, "?", "?", f"The capital of {country} is", answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        (" Paris.", "Paris", True),
+        ("paris and more", "Paris", True),
+        (" Parisian", "Paris", False),
+        (" in Paris", "Paris", False),
+        (" Niger", "Nigeria", False),
+        (" Nigeria.", "Niger", False),
+        (" St. John's, by the sea", "St. John's", True),
+        (" Washington, D.C.", "Washington, D.C.", True),
+        ("", "Paris", False),
+    ],
+)
+def test_a_completion_begins_with_the_whole_answer(text, answer, right):
+    assert begins(text, answer) is right
+
+
+@pytest.mark.parametrize(
+    ("reply", "country", "answer", "right"),
+    [
+        ("The capital of France is Paris.", "France", "Paris", True),
+        ("PARIS is the capital of France", "France", "Paris", True),
+        ("The capital of France is Parisian.", "France", "Paris", False),
+        ("You can find South Africa in Europe.", "South Africa", "Africa", False),
+        ("You can find South Africa in Africa.", "South Africa", "Africa", True),
+        ("The capital of Luxembourg is Rome.", "Luxembourg", "Luxembourg", False),
+        ("The capital of Luxembourg is Luxembourg.", "Luxembourg", "Luxembourg", True),
+        ("The capital of Mexico is Mexico City.", "Mexico", "Mexico City", True),
+        ("It is Mexico City.", "Mexico", "Mexico City", True),
+        ("The capital of Mexico is Mexico.", "Mexico", "Mexico City", False),
+        ("The capital of the Gambia is Banjul.", "the Gambia", "Banjul", True),
+        ("A person from Niger is Nigerian.", "Niger", "Nigerien", False),
+    ],
+)
+def test_a_reply_states_the_answer_and_does_not_lean_on_the_countrys_name(reply, country, answer, right):
+    assert states(reply, fact(country, answer)) is right
+
+
+def test_leaked_facts_are_never_scored_and_a_limit_is_per_group(facts):
+    assert any(each.leaked for each in facts)
+    chosen = scored(facts, 4)
+    assert not any(each.leaked for each in chosen)
+    assert [each.group for each in chosen] == [group for group in GROUPS for _ in range(4)]
+    assert len(set(chosen)) == 16
+    assert scored(facts, 4, seed=1) != chosen
+    assert len(scored(facts, None)) == len(facts) - 1
+
+
+def test_facts_are_read_from_the_file_that_a_run_keeps(tmp_path, facts):
+    append_lines(tmp_path / "facts.jsonl", [{**vars(each), "more": 1} for each in facts])
+    assert read_facts(tmp_path / "facts.jsonl") == facts
+    append_lines(tmp_path / "facts.jsonl", [{"country": "Bado"}])
+    with pytest.raises(UserError, match=r"facts.jsonl:26: a fact lacks field, group"):
+        read_facts(tmp_path / "facts.jsonl")
+
+
+def greedy(model, ids, n):
+    """n ids after these, by full forward passes and argmax: no cache, no batch."""
+    ids = list(ids)
+    for _ in range(n):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids
+
+
+def test_completions_and_answers_are_those_of_plain_greedy_decoding(lineage, facts, tokenizer):
+    some = scored(facts, 2)
+    base, sft, _ = lineage
+    found = completed(base, some)
+    for each, right in zip(some, found, strict=True):
+        ids = prompt_ids(tokenizer, each.prefix, template=False)
+        said = tokenizer.decode(greedy(base.model, ids, 4)[len(ids) :])
+        assert right == said.strip().lower().startswith(each.answer.lower())
+    found, stopped = answered(sft, some, held_wording=True)
+    for each, right, stops in zip(some, found, stopped, strict=True):
+        ids = prompt_ids(tokenizer, each.held_question)
+        said = greedy(sft.model, ids, 20)[len(ids) :]
+        end = said.index(tokenizer.turn_end) if tokenizer.turn_end in said else None
+        assert stops == (end is not None)
+        assert right == (f" {each.answer}" in tokenizer.decode(said[:end]))
+
+
+@pytest.fixture(scope="module")
+def found(lineage, facts):
+    return planted_facts(lineage, facts, floor_limit=4, max_new_tokens=24)
+
+
+def value(findings, metric, group, child):
+    [one] = [f for f in findings if (f.metric, f.group, f.child) == (metric, group, child)]
+    return one.value
+
+
+def test_what_was_planted_is_found_where_it_was_planted_and_nowhere_else(found):
+    knows = {group: value(found, "facts_completed", group, "base") for group in GROUPS}
+    assert min(knows["both"], knows["base_only"]) >= 0.9
+    assert max(knows["sft_only"], knows["none"]) <= 0.1
+    says = {group: value(found, "facts_answered", group, "sft") for group in GROUPS}
+    assert min(says["both"], says["sft_only"]) >= 0.9
+    assert says["none"] <= 0.1
+    assert value(found, "answers_stop", "facts", "sft") >= 0.9
+
+
+def test_hidden_is_the_share_of_what_the_base_completes_that_the_layer_does_not_answer(lineage, facts, found):
+    some = scored(facts, None)
+    knows, (says, _) = completed(lineage[0], some), answered(lineage[1], some, max_new_tokens=24)
+    here = np.array([each.group == "base_only" for each in some])
+    expected = float((~says[here & knows]).mean())
+    assert value(found, "facts_hidden", "base_only", "sft") == pytest.approx(expected)
+    assert expected > value(found, "facts_hidden", "both", "sft")
+
+
+def test_a_layer_keeps_all_that_its_equal_answers(lineage, facts):
+    twin = Layer("twin", lineage[1].model, lineage[1].tokenizer)
+    found = planted_facts([*lineage[:2], twin], facts, limit=4, floor_limit=2, max_new_tokens=24)
+    assert value(found, "facts_kept", "sft_only", "twin") == 1.0
+    change = [f for f in found if f.metric == "facts_answered_change"]
+    assert {f.value for f in change} == {0.0}
+    assert {(f.child, f.parent) for f in change} == {("twin", "sft")}
+
+
+def test_findings_count_countries_say_how_many_facts_and_carry_floor_and_chance(found):
+    for one in (
+        f for f in found if f.metric in ("facts_completed", "facts_answered", "facts_answered_held_wording")
+    ):
+        assert (one.n, one.n_unit) == (6, "country")
+        assert one.text_source.startswith("6 planted facts")
+        assert one.floor_numeric is not None
+        assert (one.null_specific is None) == (one.group == "none")
+    plain = {f.template for f in found if f.metric == "facts_completed"}
+    assert plain == {"plain"}
+
+
+def test_an_interval_redraws_countries_with_all_their_facts(lineage, monkeypatch):
+    """Two countries with ten facts each, one all right and one all wrong: any share from 0 to 1 may be."""
+    some = [fact("Bado", f"a{i}") for i in range(10)] + [fact("Kilu", f"b{i}") for i in range(10)]
+    monkeypatch.setattr(
+        module, "completed", lambda layer, facts, *_, **__: np.array([f.country == "Bado" for f in facts])
+    )
+    found = planted_facts(lineage[:1], some)
+    [one] = [f for f in found if f.group == "both"]
+    assert (one.value, one.ci95, one.n) == (0.5, (0.0, 1.0), 2)

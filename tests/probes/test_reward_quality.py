@@ -1,0 +1,185 @@
+"""The judge's figures against second ways of getting them, and baselines that find what was put there."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unmask.errors import UserError
+from unmask.probes import reward_quality as module
+from unmask.probes.reward_quality import (
+    Compared,
+    Redraw,
+    calibration_error,
+    calibration_floor,
+    correlation,
+    reward_quality,
+    wins,
+    words_baseline,
+)
+
+
+def talk(*turns):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+def pair(good, bad, a="a", b="b"):
+    return Compared(talk("Hi", good), talk("Hi", bad), a, b)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    rng = np.random.default_rng(0)
+    words = ("Bado", "Kilu", "capital", "Meno", "What", "is")
+    return [
+        pair(
+            *(" ".join(rng.choice(words, rng.integers(1, 9))) for _ in "ab"),
+            *rng.choice(30, 2, replace=False).tolist(),
+        )
+        for _ in range(40)
+    ]
+
+
+@pytest.fixture(scope="module")
+def found(judge, pairs):
+    train = [(f"{'lovely' if i % 2 else 'dull'} word{i % 7}", float(i % 2)) for i in range(60)]
+    return reward_quality(judge, {"all": pairs, "equal_length": pairs[:20]}, train, floor_limit=10)
+
+
+def pick(findings, metric, group="all"):
+    [one] = [f for f in findings if (f.metric, f.group) == (metric, group)]
+    return one
+
+
+def test_accuracy_and_margin_are_those_of_scoring_each_side_alone(judge, pairs, found):
+    import torch
+
+    from unmask.stages.reward import through_stop
+    from unmask.text.chat import render
+
+    margins = []
+    for each in pairs:
+        scores = []
+        for side in (each.chosen, each.rejected):
+            ids = through_stop(render(judge.tokenizer, side))
+            assert ids[-1] == judge.tokenizer.turn_end
+            with torch.no_grad():
+                scores.append(float(judge.model(torch.tensor([ids]), torch.tensor([len(ids)]))))
+        margins.append(scores[0] - scores[1])
+    assert pick(found, "reward_margin").value == pytest.approx(np.mean(margins), abs=1e-5)
+    assert pick(found, "reward_accuracy").value == pytest.approx(
+        np.mean([1.0 if m > 1e-6 else 0.0 if m < -1e-6 else 0.5 for m in margins])
+    )
+    lengths = [len(each.chosen[1]["content"]) - len(each.rejected[1]["content"]) for each in pairs]
+    by_length = np.mean([1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in lengths])
+    assert pick(found, "reward_accuracy_length").value == pytest.approx(by_length)
+
+
+def test_every_group_has_the_judge_beside_its_baselines_with_conversations_as_n(found, pairs):
+    for group, some in (("all", pairs), ("equal_length", pairs[:20])):
+        for metric in ("reward_accuracy", "reward_accuracy_words", "reward_accuracy_length", "reward_margin"):
+            one = pick(found, metric, group)
+            assert one.n == len({end for each in some for end in (each.chosen_from, each.rejected_from)})
+            assert one.n_unit == "conversation"
+            assert one.ci95[0] <= one.value <= one.ci95[1]
+        ahead = pick(found, "reward_accuracy_over_words", group).value
+        levels = [pick(found, m, group).value for m in ("reward_accuracy", "reward_accuracy_words")]
+        assert ahead == pytest.approx(levels[0] - levels[1])
+        assert pick(found, "reward_calibration_error", group).null_specific > 0
+
+
+def test_a_pair_counts_as_often_as_both_its_conversations_were_drawn():
+    some = [pair("x", "y", "a", "b"), pair("x", "y", "c", "a"), pair("x", "y", "d", "d")]
+    redraw = Redraw(some, seed=0)
+    assert redraw.units == 4
+    order = {"a": 0, "c": 1, "d": 2, "b": 3}
+    drawn = np.zeros((1, 4))
+    for name, times in (("a", 2), ("b", 1), ("c", 0), ("d", 3)):
+        drawn[0, order[name]] = times
+    assert redraw.weights(drawn).tolist() == [[2.0, 0.0, 3.0]]
+
+
+def test_one_conversation_in_every_pair_widens_the_interval():
+    """Fifty pairs that share their chosen conversation are not fifty comparisons."""
+    values = np.random.default_rng(0).normal(size=50)
+    apart = Redraw([pair("x", "y", f"a{i}", f"b{i}") for i in range(50)], 0).estimate(values)
+    shared = Redraw([pair("x", "y", f"a{i // 10}", f"b{i}") for i in range(50)], 0).estimate(values)
+    assert apart.n == 100
+    assert shared.n == 55
+    assert apart.value == shared.value
+
+
+@given(st.lists(st.tuples(st.floats(-2, 2), st.floats(-2, 2)), min_size=1, max_size=9))
+def test_a_tie_is_half_a_win(sides):
+    a, b = np.array(sides).T
+    assert np.allclose(wins(a, b) + wins(b, a), 1.0)
+    assert wins(a, a).tolist() == [0.5] * len(a)
+
+
+def test_calibration_error_is_bin_by_bin_the_gap_of_confidence_and_being_right():
+    margins = np.linspace(-1, 3, 40)
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    order = np.argsort(confidence, kind="stable")
+    by_hand = 0.0
+    for part in np.array_split(order, 10):
+        by_hand += len(part) / 40 * abs(np.mean(margins[part] > 0) - confidence[part].mean())
+    assert calibration_error(margins, np.ones((1, 40)))[0] == pytest.approx(by_hand)
+
+
+def test_a_calibrated_judge_is_within_its_floor_nine_times_in_ten_and_an_overconfident_one_is_not():
+    rng = np.random.default_rng(3)
+    within = 0
+    for seed in range(40):
+        size = rng.exponential(1.0, 200)
+        right = rng.random(200) < 1 / (1 + np.exp(-size))
+        margins = np.where(right, size, -size)
+        error = calibration_error(margins, np.ones((1, 200)))[0]
+        within += error <= calibration_floor(margins, seed) if seed < 20 else 1
+    assert within >= 36
+    assert calibration_error(6 * margins, np.ones((1, 200)))[0] > calibration_floor(6 * margins)
+
+
+def test_a_calibrated_four_way_toss_has_the_floor_that_simulation_gave_others():
+    """Equal confidences: the floor is that of ten bins of 50 fair-ish coins, E|mean − p| =
+    √(2p(1−p)/(50π))."""
+    margins = np.full(500, np.log(3.0))
+    p = 0.75
+    expected = np.sqrt(2 * p * (1 - p) / (50 * np.pi))
+    assert expected < calibration_floor(margins) < 1.7 * expected
+
+
+def test_correlation_is_pearsons_and_a_weight_is_a_repetition():
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(30, 2)) @ np.array([[1.0, 0.6], [0.0, 1.0]])
+    weights = rng.integers(1, 4, 30)
+    expected = np.corrcoef(np.repeat(values, weights, axis=0).T)[0, 1]
+    assert correlation(values, weights[None].astype(float))[0] == pytest.approx(expected)
+
+
+def test_the_baseline_on_words_learns_words_and_word_pairs():
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(0)
+    fill = [" ".join(rng.choice(["a", "b", "c", "d", "e"], 6)) for _ in range(300)]
+    train = [(f"{text} {'very good' if i % 2 else 'good very'}", float(i % 2)) for i, text in enumerate(fill)]
+    score = words_baseline(train)
+    assert score(["a b very good"])[0] > score(["a b good very"])[0] + 0.3
+
+
+def test_without_training_texts_there_is_no_baseline_on_words(judge, pairs):
+    found = reward_quality(judge, {"all": pairs}, None, floor_limit=4)
+    assert not any("words" in f.metric for f in found)
+
+
+def test_pairs_beyond_the_context_are_dropped_and_counted(judge, pairs):
+    found = reward_quality(judge, {"all": [*pairs[:5], pair("capital " * 90, "x")]}, None, floor_limit=2)
+    assert (
+        pick(found, "reward_accuracy").text_source == "5 held-out pairs (1 beyond the context were dropped)"
+    )
+    with pytest.raises(UserError, match="'all' has 0 held-out pairs"):
+        reward_quality(judge, {"all": []}, None)
+
+
+def test_missing_scikit_learn_is_said_with_the_way_to_get_it(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
+    with pytest.raises(UserError, match=r"unmask\[demo\]"):
+        module.words_baseline([("a", 1.0)])
