@@ -236,3 +236,12 @@ def test_a_model_whose_logits_are_not_numbers_is_an_error_and_not_an_answer(
         broken.model.norm.weight.fill_(torch.nan)
     with pytest.raises(UserError, match="not finite"):
         generate(broken, [[1, 2], [3]], max_new_tokens=4, stop_ids=(), temperature=temperature)
+
+
+def test_a_row_that_ended_at_the_greatest_limit_waits_beside_the_others_without_harm(model: Decoder) -> None:
+    prompts = prompts_of(20)
+    limits = [10] + [3] * 7 + [10] * 12
+    answers = generate(model, prompts, max_new_tokens=limits, stop_ids=(), temperature=0, rows=8)
+    for prompt, limit, answer in zip(prompts, limits, answers, strict=True):
+        assert len(answer.ids) == limit
+        assert answer.ids == following(model, prompt, answer).argmax(-1).tolist()
