@@ -143,21 +143,19 @@ def _assistant_span(
 ) -> tuple[int, int]:
     """Where in `text` an assistant's turn is trained: from where it was opened to the end of its stop token.
 
-    Everything after the opening, as the template writes it for the same conversation with an open turn, is
-    for the model to say (Llama 2: a space too). Where the opening is not a beginning of the whole (the
-    template opens with more than it keeps), it starts at the placeholder. The stop is the control token
-    after what was said; a template that writes none gets no stop.
+    It is opened where the template ends for the conversation before it with an open turn, if at most white space
+    stands between there and what was said: that is for the model to say (Llama 2's space). Where the template
+    opens a turn otherwise than it writes one, it is opened by what was said. The stop is the control token
+    after that; a template that writes none gets no stop.
     """
-    said = place or (len(text), len(text))
-    start = said[0]
+    start, spoken_to = place or (len(text), len(text))
     try:
         opening = _fill(tokenizer, shape[:number], open_turn=True)
     except UserError:  # no template has to accept a conversation that is cut here
         opening = _OPEN
-    between = text[len(opening) : said[0]]
-    if text.startswith(opening) and len(opening) <= said[0] and (place is None or _OPEN not in between):
+    if text.startswith(opening) and (place is None or not text[len(opening) : start].strip()):
         start = len(opening)
-    spoken_to = said[1] if place else start
+        spoken_to = spoken_to if place else start
     stop = tokenizer.control_pattern.search(text, spoken_to)
     if stop and not text[spoken_to : stop.start()].strip():
         return start, stop.end()
@@ -190,16 +188,11 @@ def to_messages(row: Mapping[str, Any], where: str) -> list[Message]:
         messages = messages_of(row["prompt"], where, "prompt", "user")
         messages += messages_of(row["completion"], where, "completion", "assistant")
     elif "instruction" in row and "output" in row:
-        given = [row.get("system"), row["instruction"], row["output"]]
-        more = row.get("input")
-        if more:
-            given[1] = f"{given[1]}\n\n{more}"
-        roles = ("system", "user", "assistant")
-        messages = [
-            _message(role, content, f"{where}: {role}")
-            for role, content in zip(roles, given, strict=True)
-            if role != "system" or content
-        ]
+        asked = _message("user", row["instruction"], f"{where}: instruction")
+        if row.get("input"):
+            asked["content"] += "\n\n" + _message("user", row["input"], f"{where}: input")["content"]
+        system = [_message("system", row["system"], f"{where}: system")] if row.get("system") else []
+        messages = [*system, asked, _message("assistant", row["output"], f"{where}: output")]
     else:
         raise UserError(f"{where}: no conversation among {sorted(row)}. Known formats: {_FORMATS}.")
     if not any(message["role"] == "assistant" and message["content"] for message in messages):

