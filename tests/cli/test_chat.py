@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from unmask.cli import chat as module
-from unmask.cli.chat import All, Say, Switch, Temperature, Word, Wrong, chat, parse, pieces
+from unmask.cli.chat import chat, pieces
+from unmask.cli.chat_lines import All, Say, Switch, Temperature, Word, Wrong, parse
 from unmask.errors import UserError
 from unmask.lineage import Layer
 from unmask.text.chat import render
