@@ -196,15 +196,14 @@ def test_white_space_is_kept_or_trimmed_as_the_template_says() -> None:
 
 
 def test_a_bos_stands_there_once_whoever_writes_it() -> None:
-    content = {
-        **tokenizer()._content,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
-        },
-    }  # fmt: skip
+    bos, text = "<|endoftext|>", {"Sequence": {"id": "A", "type_id": 0}}
+    begins = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, text],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [0], "tokens": [bos]}},
+    }
+    content = {**tokenizer()._content, "post_processor": begins}
     config = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
     for template in (CHATML, LLAMA3):
         ids = render(Tokenizer(content, config, template), alternating(["q", "a"], None)).ids

@@ -1,0 +1,120 @@
+"""Preferences are read in every common format, and what prefers nothing is counted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unmask.errors import UserError
+from unmask.text.preferences import Pair, read_pairs, similar_batches, to_pair
+from unmask.text.sources import Dropped
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+PAIR = Pair([user("q"), assistant("good")], [user("q"), assistant("bad")])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "good", "rejected": "bad"},
+        {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]},
+        {"prompt": [user("q")], "chosen": assistant("good"), "rejected": assistant("bad")},
+        {"prompt": [user("q")], "chosen": "good", "rejected": "bad", "score": 3},
+        {"chosen": PAIR.chosen, "rejected": PAIR.rejected},
+        {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
+        {
+            "prompt": "q",
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
+    ],
+)
+def test_explicit_and_implicit_prompts_as_text_or_messages_give_the_same_pair(row: dict[str, Any]) -> None:
+    assert to_pair(row, "x") == PAIR
+
+
+def test_texts_without_a_prompt_are_answers() -> None:
+    assert to_pair({"chosen": "good", "rejected": "bad"}, "x") == Pair(
+        [assistant("good")], [assistant("bad")]
+    )
+
+
+def test_the_two_sides_need_no_common_prompt() -> None:
+    row = {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]}
+    assert to_pair(row, "x") == Pair(row["chosen"], row["rejected"])
+
+
+def test_turns_of_hh_texts_keep_blank_lines_inside() -> None:
+    text = "\n\nHuman: a\n\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant: "
+    assert to_pair({"chosen": text + "e", "rejected": text + "f"}, "x").chosen == [
+        user("a\n\nb"),
+        assistant("c"),
+        user("d"),
+        assistant("e"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "q", "completion": "a", "label": True}, "needs chosen and rejected"),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected is missing or null"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "prompt is missing or null"),
+        ({"chosen": [user("q")], "rejected": [user("q")]}, "chosen ends with user"),
+        ({"chosen": "\n\nHuman: q", "rejected": "\n\nHuman: q"}, "chosen ends with user"),
+        ({"prompt": "q", "chosen": [{"role": "robot", "content": "a"}], "rejected": "b"}, "role 'robot'"),
+    ],
+)
+def test_rows_that_are_no_preference_are_refused_with_their_place(row: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as refusal:
+        to_pair(row, "p.jsonl:4")
+    assert str(refusal.value).startswith("p.jsonl:4: ")
+
+
+def test_what_prefers_nothing_is_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "q", "chosen": "good", "rejected": "bad"},
+        {"prompt": "q", "chosen": "same", "rejected": "same"},
+        {"prompt": "q", "chosen": " ", "rejected": "bad"},
+        {"prompt": "q", "chosen": "good", "rejected": ""},
+        {"chosen": PAIR.chosen, "rejected": PAIR.rejected},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dropped = Dropped()
+    assert list(read_pairs(str(tmp_path / "p.jsonl"), dropped)) == [PAIR, PAIR]
+    assert dropped == {"chosen equals rejected": 1, "empty answer": 2}
+    assert len(list(read_pairs(str(tmp_path / "p.jsonl")))) == 2
+
+
+@given(st.lists(st.integers(1, 500), max_size=120), st.integers(1, 9), st.integers(0, 3), st.integers(0, 3))
+def test_batches_hold_every_index_once_and_only_one_is_smaller(
+    lengths: list[int], batch: int, seed: int, epoch: int
+) -> None:
+    batches = similar_batches(lengths, batch, seed, epoch)
+    assert sorted(int(i) for each in batches for i in each) == list(range(len(lengths)))
+    assert sorted(len(each) for each in batches)[1:] == [batch] * (len(batches) - 1) or not batches
+    again = similar_batches(lengths, batch, seed, epoch)
+    assert [each.tolist() for each in batches] == [each.tolist() for each in again]
+
+
+def test_batches_are_of_similar_lengths_in_a_shuffled_order_that_changes_with_the_epoch() -> None:
+    lengths = [(i * 37) % 400 + 1 for i in range(400)]
+    batches = similar_batches(lengths, 8, seed=0, epoch=0)
+    padded = sum(len(each) * max(lengths[i] for i in each) for each in batches)
+    assert padded < 1.05 * sum(lengths)
+    firsts = [lengths[each[0]] for each in batches]
+    assert firsts != sorted(firsts)
+    assert [each.tolist() for each in batches] != [
+        each.tolist() for each in similar_batches(lengths, 8, 0, 1)
+    ]

@@ -1,0 +1,151 @@
+"""Shards give back what was put in, whole or not at all, and notice when they are hurt."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sample_tokenizer import sentences, tokenizer
+
+from unmask.errors import UserError
+from unmask.text import shards
+from unmask.text.shards import Shards, build
+from unmask.text.tokenizer import Tokenizer
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]))).filter(any), at_once=st.integers(1, 50)
+)
+def test_documents_come_back_each_behind_its_end_of_text(
+    texts: list[str], at_once: int, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_AT_ONCE", at_once)
+    built = build(tmp_path_factory.mktemp("shards") / "x", iter(texts), tokenizer())
+    kept = [text for text in texts if text]
+    assert built.documents == len(kept)
+    assert built.empty == len(texts) - len(kept)
+    assert built.tokens == sum(len(built.document(i)) for i in range(built.documents))
+    assert built.document_bytes.tolist() == [len(text.encode()) for text in kept]
+    for i, text in enumerate(kept):
+        first, *rest = built.document(i).tolist()
+        assert first == tokenizer().end_of_text
+        assert tokenizer().decode(rest) == text
+
+
+@pytest.mark.parametrize("length", [1, 7, 256])
+def test_rows_cover_the_stream_and_every_token_but_the_first_is_a_target_once(
+    length: int, tmp_path: Path
+) -> None:
+    built = build(tmp_path / "x", sentences(40), tokenizer())
+    stream = np.concatenate([built.document(i) for i in range(built.documents)])
+    rows = [built.row(i, length) for i in range(built.rows(length))]
+    assert all(row.shape == (length + 1,) and row.dtype == np.int64 for row in rows)
+    targets = np.concatenate([row[1:] for row in rows])
+    assert targets.tolist() == stream[1 : len(targets) + 1].tolist()
+    assert len(stream) - 1 - len(targets) < length
+    assert [row[-1] for row in rows[:-1]] == [row[0] for row in rows[1:]]
+
+
+def test_text_shorter_than_a_row_has_none(tmp_path: Path) -> None:
+    built = build(tmp_path / "x", ["ab"], tokenizer())
+    assert built.rows(built.tokens - 1) == 1
+    assert built.rows(built.tokens) == 0
+
+
+def test_control_tokens_in_documents_stay_text(tmp_path: Path) -> None:
+    built = build(tmp_path / "x", ["a<|endoftext|>b", "<|im_end|>"], tokenizer())
+    stream = np.concatenate([built.document(0), built.document(1)])
+    assert np.isin(stream, list(tokenizer().control.values())).sum() == 2
+
+
+def test_opening_gives_what_was_built(tmp_path: Path) -> None:
+    built = build(tmp_path / "x", sentences(20), tokenizer())
+    opened = Shards.open(tmp_path / "x", verify=True)
+    assert (opened.tokens, opened.documents, opened.fingerprint) == (
+        built.tokens,
+        built.documents,
+        built.fingerprint,
+    )
+    assert opened.tokenizer == tokenizer().hash
+    assert opened.row(0, 8).tolist() == built.row(0, 8).tolist()
+
+
+def test_the_fingerprint_is_of_tokens_documents_and_tokenizer(tmp_path: Path) -> None:
+    texts = sentences(20)
+    other = Tokenizer.train(sentences(50, seed=4), 500)
+    made = {
+        build(tmp_path / "a", texts, tokenizer()).fingerprint,
+        build(tmp_path / "b", [*texts[1:], texts[0]], tokenizer()).fingerprint,
+        build(tmp_path / "c", texts[1:], tokenizer()).fingerprint,
+        build(tmp_path / "d", texts, other).fingerprint,
+    }
+    assert len(made) == 4
+    assert build(tmp_path / "e", iter(texts), tokenizer()).fingerprint in made
+
+
+def test_a_vocabulary_above_65536_is_written_in_32_bits(tmp_path: Path) -> None:
+    content = json.loads(json.dumps(tokenizer()._content))
+    content["model"]["vocab"]["zzzz"] = 70_000
+    large = Tokenizer(content, {}, "")
+    built = build(tmp_path / "x", ["the river"], large)
+    assert (tmp_path / "x/tokens.bin").stat().st_size == 4 * built.tokens
+    assert large.decode(built.document(0)[1:]) == "the river"
+
+
+def test_nothing_is_left_of_a_build_that_fails(tmp_path: Path) -> None:
+    def broken() -> object:
+        yield from sentences(3)
+        raise RuntimeError("the source broke")
+
+    with pytest.raises(RuntimeError):
+        build(tmp_path / "x", broken(), tokenizer())  # type: ignore[arg-type]
+    for nothing in ([], ["", ""]):
+        with pytest.raises(UserError, match="no text"):
+            build(tmp_path / "x", nothing, tokenizer())
+    assert not list(tmp_path.iterdir())
+    build(tmp_path / "x", ["a"], tokenizer())
+    with pytest.raises(UserError, match="exists"):
+        build(tmp_path / "x", ["a"], tokenizer())
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_truncated_missing_and_changed_files_are_refused_by_name(tmp_path: Path) -> None:
+    build(tmp_path / "x", sentences(20), tokenizer())
+    for name in ("tokens.bin", "documents.bin", "index.json"):
+        path = tmp_path / "x" / name
+        whole = path.read_bytes()
+        for hurt in (whole[:-2], whole + b"xx", b""):
+            path.write_bytes(hurt)
+            with pytest.raises(UserError, match=name.replace(".", r"\.")):
+                Shards.open(tmp_path / "x")
+        path.write_bytes(whole)
+        flip(path, len(whole) // 2)
+        with pytest.raises(UserError, match=name.replace(".", r"\.")):
+            Shards.open(tmp_path / "x", verify=True)
+        path.unlink()
+        with pytest.raises(UserError, match=name.replace(".", r"\.")):
+            Shards.open(tmp_path / "x")
+        path.write_bytes(whole)
+        Shards.open(tmp_path / "x", verify=True)
+
+
+def test_an_index_that_was_edited_is_refused(tmp_path: Path) -> None:
+    built = build(tmp_path / "x", sentences(20), tokenizer())
+    path = tmp_path / "x/index.json"
+    whole = path.read_text()
+    for old, new in (
+        (tokenizer().hash, "0" * 64),
+        (f'"tokens": {built.tokens}', f'"tokens": {built.tokens - 1}'),
+    ):
+        assert old in whole
+        path.write_text(whole.replace(old, new))
+        with pytest.raises(UserError, match=r"index\.json was changed"):
+            Shards.open(tmp_path / "x")
