@@ -1,0 +1,1 @@
+"""The page of a run: reads what was measured and computes nothing."""
