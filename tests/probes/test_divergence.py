@@ -12,7 +12,9 @@ from planted_world import Document
 from unmask.generation.engine import Answer
 from unmask.lineage import Layer
 from unmask.probes import divergence as module
-from unmask.probes.divergence import (
+from unmask.probes.divergence import divergence, spread
+from unmask.probes.forward import Text, prompt_ids
+from unmask.probes.profile import (
     COLUMNS,
     ENTROPY_PARENT,
     JS,
@@ -20,14 +22,12 @@ from unmask.probes.divergence import (
     KL_PARENT_CHILD,
     RANK,
     TIES,
-    divergence,
     early_share,
     half_life,
     mean_of,
     read_pairs,
     share_of,
 )
-from unmask.probes.forward import prompt_ids
 
 NEUTRAL = [Document("The capital of Bado is Kilu. " * k, "one") for k in (1, 3, 2)]
 
@@ -201,3 +201,16 @@ def test_shares_and_means_of_positions_count_from_one_and_are_missing_beyond_the
     assert mean_of(KL_CHILD_PARENT, 2, 2)(row) == 2.0
     assert math.isnan(mean_of(KL_CHILD_PARENT, 6, 10)(row))
     assert share_of(1, 1, 5, None)(row) == 100.0
+
+
+def test_the_few_texts_that_the_floor_is_taken_from_include_the_longest():
+    texts = [Text(range(n), 1) for n in (3, 9, 2, 30, 7)]
+    assert [len(text.ids) for text in spread(texts, 1)] == [30]
+    assert [len(text.ids) for text in spread(texts, 3)] == [30, 7, 2]
+    assert len(spread(texts, 99)) == 5
+
+
+def test_every_kl_has_a_numeric_floor(found):
+    kls = [f for f in found if f.metric.startswith("kl_")]
+    assert {f.group for f in kls} >= {None, "token 1", "tokens 6–10"}
+    assert all(f.floor_numeric is not None and f.floor_numeric >= 0 for f in kls)

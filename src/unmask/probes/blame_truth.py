@@ -85,7 +85,7 @@ def blame_truth(
     facts: Sequence[PlantedFact],
     *,
     limit: int | None = 150,
-    floor_limit: int = 40,
+    floor_limit: int = 20,
     seed: int = 0,
 ) -> list[Finding]:
     """`blame_auc` of the child's delta on answers: facts taught by the child alone against those of

@@ -68,8 +68,8 @@ def compression(
     layers: Sequence[Layer],
     documents: Iterable[Document],
     *,
-    limit_bytes: int | None = 100_000,
-    floor_bytes: int | None = 20_000,
+    limit_bytes: int | None = 60_000,
+    floor_bytes: int | None = 8_000,
     window: int | None = None,
     seed: int = 0,
 ) -> list[Finding]:

@@ -125,8 +125,8 @@ def planted_facts(
     layers: Sequence[Layer],
     facts: Sequence[PlantedFact],
     *,
-    limit: int | None = 400,
-    floor_limit: int = 40,
+    limit: int | None = 150,
+    floor_limit: int = 20,
     max_new_tokens: int = 40,
     seed: int = 0,
 ) -> list[Finding]:

@@ -14,9 +14,10 @@ import numpy as np
 from unmask.errors import UserError
 from unmask.generation.engine import Answer
 from unmask.lineage import Layer
-from unmask.probes.divergence import COLUMNS, KL_CHILD_PARENT, answer_texts, content, read_pairs
+from unmask.probes.divergence import answer_texts, content
 from unmask.probes.forward import Judge, bf16_copy, dtype_of, judged, same_tokenizer, say, teacher_forced
 from unmask.probes.probe import Estimate, Finding, Floats, Meter, estimate, of, verdict
+from unmask.probes.profile import COLUMNS, KL_CHILD_PARENT, read_pairs
 
 
 def capitals(text: str) -> float:
