@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 SHRUNK = (
-    "depth=2", "context=96", "tokenizer.vocabulary=512",
+    "depth=2", "context=192", "tokenizer.vocabulary=1024",
     "pretrain.tokens=80_000", "pretrain.batch_tokens=2048", "pretrain.micro_tokens=2048",
     "sft.tokens=40_000", "sft.batch_tokens=2048",
     "reward.tokens=30_000", "reward.batch_tokens=2048",
-    "rl.tokens=1024", "rl.answers=16", "rl.answer_tokens=16", "rl.prompt_tokens=64",
+    "rl.tokens=1024", "rl.answers=16", "rl.answer_tokens=16", "rl.prompt_tokens=128",
     "measure.facts_per_group=12", "measure.heldout_bytes=4000", "measure.pairs=60", "measure.prompts=12",
     "measure.floor_prompts=3", 'measure.questions=["Hello!"]',
 )  # fmt: skip

@@ -20,6 +20,8 @@ def chat(
 ) -> None:
     """Talk to the model; /base, /sft, /rl switch the layer, /all asks all of them."""
     from unmask.cli.chat import chat as talk
-    from unmask.lineage import open_layers
+    from unmask.lineage import Lineage
 
-    talk(open_layers([model]), temperature=temperature, max_new_tokens=max_tokens, seed=seed)
+    lineage = Lineage.open(model)
+    plain = [layer.name for layer in lineage.layers if layer.kind == "pretrain"]  # it never saw the template
+    talk(lineage.load(), plain=plain, temperature=temperature, max_new_tokens=max_tokens, seed=seed)
