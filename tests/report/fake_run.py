@@ -128,6 +128,8 @@ def claims() -> list[Finding]:
             share(metric, group, "reward", v, 700, n_unit="conversation")
             for group, v in zip(("all", "equal_length"), values, strict=True)
         ]
+    gold = zip(("all", "equal_length"), (0.588, 0.594), strict=True)
+    found += [share("reward_accuracy", group, "gold", v, 700, n_unit="conversation") for group, v in gold]
     found += [
         share("answers_stop", None, child, v, 128, n_unit="prompt", probe="G-9")
         for child, v in (("sft", 1.0), ("rl", 0.992))

@@ -68,6 +68,7 @@ def render(run: Run) -> str:
         hidden=[f for f in run.all("facts_hidden") if f.group == "base_only"][:1],
         rail=rail(run),
         every=every(run),
+        seeds=any(f.floor_seed is not None for f in every(run)),
         data=[token_data(blame, run.layers) for blame in run.blames],
         contents=_contents(run, parts),
         **_shared(run.layers),

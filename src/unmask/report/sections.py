@@ -195,28 +195,33 @@ def reinforcement(run: Run) -> list[Figure]:
 
 
 def reward(run: Run) -> dict[str, Any] | None:
-    """Accuracy of the reward model beside its yardsticks, by group of pairs."""
-    rows = (
-        ("reward_accuracy", "the reward model"),
-        ("reward_accuracy_words", "ridge regression on words"),
-        ("reward_accuracy_length", "the longer one wins"),
-    )
-    groups = list(dict.fromkeys(f.group for metric, _ in rows for f in run.all(metric)))
-    if not groups:
-        return None
-    cells = [(name, [run.get(metric, group) for group in groups]) for metric, name in rows]
-    more = [
-        finding
-        for metric in (
-            "reward_accuracy_over_words",
-            "reward_accuracy_over_length",
-            "reward_margin",
-            "reward_calibration_error",
-            "reward_length_correlation",
-        )
-        for finding in run.all(metric)
+    """Accuracy of the judges beside their yardsticks, by group of pairs."""
+    judges = [
+        stage.name for stage in run.stages if not stage.writes and run.all("reward_accuracy", stage.name)
     ]
-    return {"groups": groups, "rows": cells, "more": more}
+    if not judges:
+        return None
+    groups = [finding.group for finding in run.all("reward_accuracy", judges[0])]
+    second = "the second judge (gold), from other people's conversations"
+    rows = [
+        ("reward_accuracy", "the reward model", judges[0]),
+        ("reward_accuracy_words", "ridge regression on words", judges[0]),
+        ("reward_accuracy_length", "the longer one wins", judges[0]),
+        *(("reward_accuracy", second, name) for name in judges[1:]),
+    ]
+    more = (
+        "reward_accuracy_over_words",
+        "reward_accuracy_over_length",
+        "reward_margin",
+        "reward_calibration_error",
+        "reward_length_correlation",
+    )
+    return {
+        "groups": groups,
+        "rows": [(title, [run.get(metric, group, name) for group in groups]) for metric, title, name in rows],
+        "more": [finding for metric in more for finding in run.all(metric, judges[0])],
+        "gold": [finding for name in judges[1:] for finding in run.all("reward_accuracy", name)],
+    }
 
 
 def _dot(finding: Finding, series: Series, *, row: str | None = None) -> Dot:
