@@ -117,7 +117,7 @@ def test_whitening_gives_mean_zero_and_variance_one_over_the_masked_batch_only(
     x = 3 + 5 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed))
     white = objectives.whiten(x, mask)
     assert (white[~mask] == 0).all()
-    if mask.sum() > 1:
+    if mask.sum() > 1 and x[mask].var() > 1e-3:  # far above eps
         assert white[mask].mean().item() == pytest.approx(0, abs=1e-4)
         assert white[mask].var(unbiased=False).item() == pytest.approx(1, abs=1e-3)
 

@@ -4,12 +4,13 @@ import json
 import os
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_models import CONTEXT, STOP, VOCABULARY, decoder, scorer
+from small_models import CONTEXT, CPU, STOP, VOCABULARY, answer, decoder, scorer
 from torch import Tensor
 
 from unmask.errors import Interrupted, UserError
@@ -94,16 +95,14 @@ def test_values_are_read_before_each_action_and_less_the_reward_models_offset() 
     _, objective, _ = begin()
 
     class Position(torch.nn.Module):
-        config = objective.model.critic.config
+        config = replace(objective.model.critic.config, reward_offset=0.5)
 
         def values(self, ids_BT: Tensor) -> Tensor:
             return torch.arange(ids_BT.shape[1]).expand(ids_BT.shape).float()
 
     objective.model.critic = Position()  # type: ignore[assignment]
-    answer = objective.collect(0).rollout.answers[0]
-    three = type(answer)([20, 21, STOP], [-1.0] * 3, True)
-    acts = actions(Rollout([[10, 11]], [three]), [0], torch.device("cpu"))
-    assert objective._values(acts).tolist() == [1, 2, 3]
+    acts = actions(Rollout([[10, 11]], [answer([20, 21, STOP])]), [0], CPU)
+    assert objective._values(acts).tolist() == [1 - 0.5, 2 - 0.5, 3 - 0.5]
 
 
 def test_the_reward_is_the_score_at_the_stop_token_less_beta_times_k1_everywhere() -> None:
@@ -113,12 +112,12 @@ def test_the_reward_is_the_score_at_the_stop_token_less_beta_times_k1_everywhere
         for parameter in model.policy.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     experience = objective.collect(0)
-    for row, (prompt, answer) in enumerate(zip(*experience.rollout, strict=True)):
-        ids = torch.tensor([[*prompt, *answer.ids]])
+    for row, (prompt, said) in enumerate(zip(*experience.rollout, strict=True)):
+        ids = torch.tensor([[*prompt, *said.ids]])
         tables = [m(ids)[0].log_softmax(-1).detach() for m in (model.policy, objective.reference)]
         at = range(len(prompt) - 1, ids.shape[1] - 1)
         k1 = [float(tables[0][t, ids[0, t + 1]] - tables[1][t, ids[0, t + 1]]) for t in at]
-        for i in range(len(answer.ids)):
+        for i in range(len(said.ids)):
             expected = row - 0.3 * sum(k1[i:])
             assert experience.returns_BA[row, i].item() == pytest.approx(expected, abs=1e-3)
     assert experience.numbers["kl_child_parent"] != 0
@@ -158,6 +157,8 @@ def test_each_epoch_goes_over_every_answer_once_in_another_order() -> None:
         assert sorted(rows) == list(range(12))
         epochs.append([sorted(row for micro in part for row in micro) for part in parts])
     assert epochs[0] != epochs[1]
+    taken = [[b.actions.taken_N.tolist() for b in objective.micro_batches(step)] for step in range(4)]
+    assert taken[:2] != taken[2:]
 
 
 def test_a_rollout_is_a_pure_function_of_weights_index_and_seed() -> None:

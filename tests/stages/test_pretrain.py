@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from small_models import CONFIG, CPU, END_OF_TEXT, VOCABULARY, decoder
 from torch.nn import functional
-from unmask.text.shards import Shards
 
 from unmask.errors import UserError
 from unmask.model.decoder import Decoder
 from unmask.progress import Progress
 from unmask.stages import pretrain
 from unmask.stages.pretrain import Pretraining, Source, documents_and_positions
+from unmask.text.shards import Shards
 from unmask.training import loop
 from unmask.training.optimizer import Optimizer, OptimizerSettings
 

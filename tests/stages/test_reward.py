@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from small_models import CONTEXT, STOP, decoder, rows, scorer
-from unmask.text.preferences import Pair
 
 from unmask.errors import UserError
 from unmask.model.scorer import Scorer
@@ -17,6 +16,7 @@ from unmask.stages import reward
 from unmask.stages.objectives import bradley_terry
 from unmask.stages.reward import Preference, TokenPair, centre, scores, through_stop, tokenize
 from unmask.text.chat import render
+from unmask.text.preferences import Pair
 from unmask.text.tokenizer import Tokenizer
 from unmask.training import loop
 from unmask.training.optimizer import Optimizer, OptimizerSettings

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from unmask.errors import UserError
@@ -18,9 +19,8 @@ from unmask.model.decoder import Decoder
 from unmask.model.scorer import Scorer
 from unmask.stages.batches import by_length, fingerprint, pad_right
 from unmask.stages.objectives import bradley_terry
-from unmask.text import order
 from unmask.text.chat import Rendered, render
-from unmask.text.preferences import Pair
+from unmask.text.preferences import Pair, similar_batches
 from unmask.text.tokenizer import Tokenizer
 from unmask.training.optimizer import Optimizer, OptimizerSettings
 
@@ -96,12 +96,14 @@ class Preference:
         self.fingerprint = hash_json(
             {"pairs": sides, "batch_pairs": batch_pairs, "micro_tokens": micro_tokens, "seed": seed}
         )
-        self._epoch, self._order = -1, list[np.ndarray]()
+        self._epoch, self._order = -1, list[NDArray[np.int64]]()
 
     def micro_batches(self, step: int) -> list[PairBatch]:
         epoch, at = divmod(step, self.batches_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._batches(epoch)
+            lengths = [pair.longest for pair in self.pairs]
+            self._epoch = epoch
+            self._order = similar_batches(lengths, self.batch_pairs, self.seed, epoch)
         pairs = [self.pairs[i] for i in self._order[at]]
         device = self.model.score.weight.device
         batches = []
@@ -109,20 +111,6 @@ class Preference:
             rows = [pairs[i].chosen for i in group] + [pairs[i].rejected for i in group]
             batches.append(PairBatch(*pad_right(rows, device), sum(map(len, rows))))
         return batches
-
-    def _batches(self, epoch: int) -> list[np.ndarray]:
-        """Indices of each batch of an epoch: all pairs once, neighbours in length together, batches shuffled.
-
-        Pairs of equal length are shuffled among themselves, so that batches differ from epoch to epoch.
-        """
-        shuffled = order.permutation(self.seed, epoch, len(self.pairs))
-        lengths = np.array([self.pairs[i].longest for i in shuffled])
-        sorted_pairs = shuffled[np.argsort(lengths, kind="stable")]
-        batches = [
-            sorted_pairs[start : start + self.batch_pairs]
-            for start in range(0, len(self.pairs), self.batch_pairs)
-        ]
-        return [batches[i] for i in order.permutation(self.seed, epoch, len(batches))]
 
     def counts(self, batch: PairBatch) -> dict[str, int]:
         return {"pairs": len(batch.ids_BT) // 2, "cells": batch.ids_BT.numel()}
