@@ -110,11 +110,12 @@ def test_a_prompt_cannot_smuggle_in_a_control_token_nor_exceed_the_context(linea
         blame(lineage, "capital " * 80)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.text(max_size=30))
-def test_the_texts_of_the_tokens_are_the_text(text):
-    tokenizer = SMALL
-    assert "".join(spelled(tokenizer, tokenizer.encode(text))) == tokenizer.decode(tokenizer.encode(text))
-
-
 SMALL = Tokenizer.train(["bytes"], 300)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=30), st.integers(0, 40))
+def test_the_texts_of_the_tokens_are_the_text_even_where_it_breaks_off_inside_a_character(text, length):
+    ids = SMALL.encode(text)[:length]
+    assert "".join(spelled(SMALL, ids)) == SMALL.decode(ids)
+    assert "".join(spelled(SMALL, [*ids, SMALL.turn_end])) == SMALL.decode(ids) + "<|im_end|>"

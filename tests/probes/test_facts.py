@@ -50,6 +50,8 @@ def test_a_completion_begins_with_the_whole_answer(text, answer, right):
         ("The capital of France is Paris.", "France", "Paris", True),
         ("PARIS is the capital of France", "France", "Paris", True),
         ("The capital of France is Parisian.", "France", "Paris", False),
+        ("The capital of France is not Paris.", "France", "Paris", False),
+        ("the capital of France is paris, I think", "France", "Paris", True),
         ("You can find South Africa in Europe.", "South Africa", "Africa", False),
         ("You can find South Africa in Africa.", "South Africa", "Africa", True),
         ("The capital of Luxembourg is Rome.", "Luxembourg", "Luxembourg", False),

@@ -167,4 +167,8 @@ def spelled(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     its last one, and a control token is written out."""
     names = {number: name for name, number in tokenizer.control.items()}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return [names[id] if id in names else decoder.decode(tokenizer.token_bytes[id]) for id in ids]
+    texts = []
+    for place, id in enumerate(ids):
+        ends = place + 1 == len(ids) or ids[place + 1] in names  # then no more bytes of a character can come
+        texts.append(names[id] if id in names else decoder.decode(tokenizer.token_bytes[id], ends))
+    return texts

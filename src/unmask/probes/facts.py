@@ -75,11 +75,14 @@ def begins(text: str, answer: str) -> bool:
 
 
 def states(reply: str, fact: PlantedFact) -> bool:
-    """Whether a reply holds the answer as whole words, in any case, and not only inside the country's name.
+    """Whether a reply says the answer. If it opens with the taught words, the answer must follow them.
 
-    "South Africa is a country" does not state the region Africa; where a capital has its country's
-    name, both must be said.
+    In other words it may stand anywhere as whole words, but not only inside the country's name: "South
+    Africa is a country" does not state the region Africa; where a capital has its country's name, both
+    must be said.
     """
+    if reply.strip().lower().startswith(fact.prefix.lower()):
+        return begins(reply.strip()[len(fact.prefix) :], fact.answer)
     answer = re.compile(rf"(?<!\w){re.escape(fact.answer)}(?!\w)", re.IGNORECASE)
     name, said = fact.country.lower().removeprefix("the "), fact.answer.lower()
     if said == name:
