@@ -1,1 +1,1 @@
-"""The network and its tensors: config, decoder, scorer, attention, cache, loss, weights, foreign models."""
+"""The network and its tensors: decoder, scorer, cache, losses, weights on disk, foreign families."""

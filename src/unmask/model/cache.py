@@ -1,9 +1,16 @@
 """Keys and values of the tokens already read, in tensors allocated once."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from unmask.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from unmask.model.step import Step
 
 
 class Cache:
@@ -12,6 +19,8 @@ class Cache:
     `Decoder.hidden(ids_BT, cache=cache)` writes T tokens of every row at that row's own length and does not
     move the lengths; `advance` does. So prompts of unequal length are padded to the right and advanced by
     their own lengths: what the padding wrote lies beyond, is never attended to, and is overwritten later.
+
+    A cache belongs to one model with the weights of the moment: it may hold them laid out for single steps.
     """
 
     def __init__(
@@ -22,6 +31,7 @@ class Cache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths_B = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.step: Step | None = None
 
     @property
     def rows(self) -> int:
@@ -48,7 +58,7 @@ class Cache:
         """Keep these rows, in this order."""
         self.k, self.v, self.lengths_B = self.k[:, rows], self.v[:, rows], self.lengths_B[rows]
 
-    def put(self, rows: Tensor, source: "Cache") -> None:
+    def put(self, rows: Tensor, source: Cache) -> None:
         """Overwrite these rows with those of another cache: prompts that were read apart take free places."""
         n = min(self.length, source.length)
         assert int(source.lengths_B.max()) <= n

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from unmask.model.attention import attention, cached_mask, packed_mask
 from unmask.model.cache import Cache
 from unmask.model.config import ModelConfig
-from unmask.model.kernels import rms_norm, rotate
+from unmask.model.kernels import rms_norm, rotary_tables, rotate
 from unmask.model.precision import linear
+from unmask.model.step import Step, worth_packing
 
 
 class Linear(nn.Module):
@@ -154,9 +155,7 @@ class Where:
             masks = {window: packed_mask(tokens, window, documents_BT, device) for window in set(windows)}
         self.positions_BT = positions_BT
         self.masks = [masks[window] for window in windows]
-        angles = positions_BT[:, :, None, None].to(frequencies.dtype) * frequencies
-        cos, sin = angles.cos(), angles.sin()
-        self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        self.cos, self.sin = rotary_tables(positions_BT, frequencies)
 
 
 class Trunk(nn.Module):
@@ -181,6 +180,10 @@ class Trunk(nn.Module):
         # Not a buffer: `model.to(bfloat16)` would round a buffer's angles.
         if self.frequencies is None or self.frequencies.device != ids_BT.device:
             self.frequencies = rotary_frequencies(self.config).to(ids_BT.device)
+        if cache is not None and ids_BT.shape[1] == 1 and worth_packing(self.config, cache):
+            if cache.step is None:
+                cache.step = Step(self.config, dict(self.named_parameters()), self.frequencies)
+            return cache.step.hidden(ids_BT[:, 0], cache)[:, None]
         where = Where(self.config, self.frequencies, ids_BT, positions_BT, documents_BT, cache)
         x = self.embed_tokens(ids_BT)
         for block in self.layers:

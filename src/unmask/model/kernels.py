@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unmask.model.precision import wide
+
 
 def apply(function: type[torch.autograd.Function], *inputs: object) -> Tensor:
     """`Function.apply`, to which torch gives no types."""
@@ -54,6 +56,13 @@ class RMSNormOnCPU(torch.autograd.Function):
         return d_x.add_(mean), d_weight, None
 
 
+def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin as `rotate` takes them, (…, 1, K) for positions (…), in the dtype of the frequencies."""
+    angles = positions[..., None, None].to(frequencies.dtype) * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn plane i, of coordinates i and i + K/2, by its angle, in float32 (float64 stays); in x's dtype.
 
@@ -65,9 +74,9 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, way: float) -> Tensor:
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    exact = wide(x)
     # Whole rows of K: the same on two halves, strided, takes four times as long on a CPU.
-    return (wide * cos).addcmul_(wide.roll(x.shape[-1] // 2, -1), sin, value=way).to(x.dtype)
+    return (exact * cos).addcmul_(exact.roll(x.shape[-1] // 2, -1), sin, value=way).to(x.dtype)
 
 
 class Rotation(torch.autograd.Function):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unmask.model.kernels import apply
-from unmask.model.precision import emulated, linear
+from unmask.model.precision import emulated, linear, wide
 
 # Rows of a chunk are cut so that its float32 logits take at most 128 MB, however large the vocabulary.
 LOGITS_AT_ONCE = 2**25
@@ -22,8 +22,7 @@ def chunks(rows: int, vocabulary: int, chunk: int) -> Iterator[slice]:
 
 def float_logits(hidden: Tensor, head: Tensor) -> Tensor:
     """Logits in the dtype of the product, then float32 (float64 stays); a fresh tensor, free to overwrite."""
-    logits = linear(hidden, head)
-    return logits if logits.dtype is torch.float64 else logits.float()
+    return wide(linear(hidden, head))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -36,17 +35,17 @@ class CrossEntropySum(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor | None, chunk: int
     ) -> Tensor:
-        wide = torch.float64 if hidden_ND.dtype is torch.float64 else torch.float32
+        exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         need_hidden, need_head = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden_ND) if need_hidden else None
-        d_head = torch.zeros_like(head_VD, dtype=wide) if need_head else None
-        total = torch.zeros((), dtype=wide, device=hidden_ND.device)
+        d_head = torch.zeros_like(head_VD, dtype=exact) if need_head else None
+        total = torch.zeros((), dtype=exact, device=hidden_ND.device)
         for rows in chunks(hidden_ND.shape[0], head_VD.shape[0], chunk):
             hidden, targets = hidden_ND[rows], targets_N[rows, None]
             logits = float_logits(hidden, head_VD)
             log_probs = logits.log_softmax(-1)
             losses = -log_probs.gather(1, targets)
-            weights = None if weights_N is None else weights_N[rows, None].to(wide)
+            weights = None if weights_N is None else weights_N[rows, None].to(exact)
             total += (losses if weights is None else losses * weights).sum()
             if d_hidden is None and d_head is None:
                 continue
@@ -93,8 +92,8 @@ class TokenLogProbs(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden_ND, head_VD, targets_N)
         ctx.temperature, ctx.chunk = temperature, chunk
-        wide = torch.float64 if hidden_ND.dtype is torch.float64 else torch.float32
-        out = torch.empty(hidden_ND.shape[0], dtype=wide, device=hidden_ND.device)
+        exact = torch.promote_types(hidden_ND.dtype, torch.float32)
+        out = torch.empty(hidden_ND.shape[0], dtype=exact, device=hidden_ND.device)
         for rows in chunks(hidden_ND.shape[0], head_VD.shape[0], chunk):
             log_probs = float_logits(hidden_ND[rows], head_VD).div_(temperature).log_softmax(-1)
             out[rows] = log_probs.gather(1, targets_N[rows, None])[:, 0]

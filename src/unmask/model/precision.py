@@ -23,6 +23,11 @@ def emulated(x: Tensor) -> bool:
     return x.dtype is torch.bfloat16 and x.device.type == "cpu" and not processor_has_bfloat16()
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is: what norms, rotations and losses are computed in."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b in x's dtype.
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from unmask.model.config import ModelConfig
 from unmask.model.decoder import Decoder, Linear, Trunk
+from unmask.model.precision import wide
 
 
 class Scorer(nn.Module):
@@ -52,5 +53,4 @@ class Scorer(nn.Module):
         return self._read(hidden_BTD[rows, lengths_B - 1])
 
     def _read(self, hidden: Tensor) -> Tensor:
-        wide = torch.float64 if hidden.dtype is torch.float64 else torch.float32
-        return hidden.to(wide) @ self.score.weight[0].to(wide)
+        return wide(hidden) @ wide(self.score.weight[0])
