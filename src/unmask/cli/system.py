@@ -7,6 +7,7 @@ from importlib import metadata
 import typer
 from rich.table import Table
 
+import unmask
 from unmask.progress import console
 
 EXTRAS = {
@@ -37,9 +38,7 @@ def doctor(
     from unmask.training import parallel
 
     out = console()
-    out.print(
-        f"unmask {metadata.version('unmask')} · Python {platform.python_version()} · {platform.platform()}"
-    )
+    out.print(f"unmask {unmask.__version__} · Python {platform.python_version()} · {platform.platform()}")
     out.print(f"cores {os.cpu_count()} · {parallel.describe()}")
     if measure:
         dtype = parallel.compute_dtype(parallel.pick_device(None))

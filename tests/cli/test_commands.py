@@ -1,0 +1,70 @@
+"""The command line: bad input is one sentence that names what, where and what to do, with exit status 2 and no traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unmask.cli.main import main
+
+
+def said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str]:
+    """Exit status and everything that was printed."""
+    monkeypatch.setattr(sys, "argv", ["unmask", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    told = capsys.readouterr()
+    return int(left.value.code or 0), told.out + told.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "tinny"], ["tinny", "Did you mean 'tiny'?"]),
+        (["run", "tiny", "--set", "sft.token=5"], ["sft.token", "Did you mean 'tokens'?"]),
+        (["run", "tiny", "--from", "stf"], ["stf", "Did you mean 'sft'?"]),
+        (["run", "tiny", "--device", "quantum"], ["quantum", "cpu"]),
+        (["run", "absent.toml"], ["absent.toml"]),
+        (["log", "nowhere"], ["nowhere", "no such directory"]),
+        (["diff", "nowhere", "nowhere"], ["nowhere"]),
+        (["blame", "nowhere", "Hello!"], ["nowhere"]),
+        (["blame", "nowhere"], ["a model and a prompt"]),
+        (["chat", "nowhere"], ["nowhere"]),
+        (["report", "nowhere"], ["nowhere"]),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_a_sentence(
+    arguments: list[str],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, text = said(monkeypatch, capsys, *arguments)
+    assert status == 2, text
+    assert "Traceback" not in text
+    for word in words:
+        assert word in text
+
+
+def test_doctor_names_machine_and_packages(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, text = said(monkeypatch, capsys, "doctor")
+    assert status == 0
+    assert "torch" in text
+    assert "float" in text  # the precision that is used
+
+
+def test_help_lists_every_command_on_one_screen() -> None:
+    told = subprocess.run(
+        [sys.executable, "-m", "unmask.cli.main", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("run", "report", "log", "diff", "blame", "chat", "doctor"):
+        assert f" {command} " in told.stdout
+    assert len(told.stdout.splitlines()) <= 40
