@@ -12,7 +12,8 @@ import unmask
 PACKAGE = Path(unmask.__file__).parent
 # Room → floor. A folder is one room; a file that stands alone is a room of its own.
 FLOORS = {
-    "files": 0, "errors": 0, "progress": 0, "colours": 0,
+    "errors": -1,  # under everything, the other files of floor 0 too
+    "files": 0, "progress": 0, "colours": 0,
     "recipe": 1, "delta": 1, "text": 1, "model": 1,
     "lineage": 2, "training": 2, "generation": 2,
     "stages": 3,

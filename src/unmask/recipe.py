@@ -126,9 +126,9 @@ class RlSection(Section):
 class MeasureSection(Section):
     """How much is measured after training."""
 
-    facts_per_group: int = Field(default=400, ge=10)
-    heldout_bytes: int = Field(default=200_000, ge=1_000)
-    pairs: int = Field(default=1_000, ge=20)
+    facts_per_group: int = Field(default=150, ge=10)
+    heldout_bytes: int = Field(default=60_000, ge=1_000)  # a source
+    pairs: int = Field(default=400, ge=20)
     prompts: int = Field(default=128, ge=8)
     floor_prompts: int = Field(default=24, ge=1)
     questions: tuple[str, ...] = ("Hello! How are you today?",)

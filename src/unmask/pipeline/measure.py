@@ -35,7 +35,7 @@ CLAIMS = {
     "bits_per_byte", "bits_per_byte_xz", "bits_per_byte_change",
     "facts_completed", "facts_answered", "facts_answered_held_wording", "facts_hidden", "facts_kept",
     "facts_answered_change", "answers_stop",
-    "blame_auc", "answer_nats", "wrapping_nats",
+    "blame_auc", "answer_delta", "wrapping_delta",
     "reward_accuracy", "reward_accuracy_words", "reward_accuracy_length", "reward_accuracy_over_words",
     "reward_accuracy_over_length", "reward_margin", "reward_calibration_error", "reward_length_correlation",
     "proxy_gain", "gold_gain", "gold_gain_any_length", "answer_length", "answer_length_change", "capitals",
@@ -179,9 +179,17 @@ def write(
         "matmul_flops_per_second": rate,
         "stages": stages,
         "gold": _row(built.gold, directory) if built.gold else None,
-        "claims": [finding.to_json() for finding in measured.findings if finding.metric in CLAIMS],
+        "claims": [finding.to_json() for finding in measured.findings if is_claim(finding, stages)],
     }
     write_atomic(directory / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+
+
+def is_claim(finding: Finding, stages: Sequence[dict[str, Any]]) -> bool:
+    """A KL is claimed for a layer and its direct parent, on the layer's own sampled answers: it is an average over these."""
+    if finding.metric != "kl_child_parent":
+        return finding.metric in CLAIMS
+    parents = {stage["name"]: stage["parent_hash"] for stage in stages}
+    return finding.text_source == "A sample" and parents.get(finding.child) == finding.parent_hash
 
 
 def _row(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
