@@ -1,7 +1,7 @@
 """One more token in every row of a cache, through weights that are laid out for it.
 
-The same network as `decoder.py` computes, with a quarter of its operations: there the time of a small model
-goes into calling hundreds of operations a token, not into their arithmetic.
+The same network as `decoder.py` computes, with half as many operations: where a model is small, the time goes
+into calling hundreds of them a token, not into their arithmetic.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from unmask.model.config import ModelConfig
 from unmask.model.kernels import rms_norm, rotary_tables, turned
 from unmask.model.precision import emulated, wide
 
-# The copy of a layer's weights is at most 1 GB of float32; larger models lose little in calls.
+# Numbers in the copy that is made, 1 GB of float32 at most; larger models lose little in calls.
 LARGEST = 2**28
 
 
