@@ -55,6 +55,17 @@ def test_every_byte_of_the_weights_counts_and_its_tensor_is_named(run: Path) -> 
     assert Lineage.open(run / "rl").verify() == []
 
 
+def test_a_tensor_that_is_gone_and_one_that_nobody_recorded_are_named(run: Path) -> None:
+    path = run / "sft" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.extra.weight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, path, metadata={"format": "pt"})
+    problems = Lineage.open(run / "rl").verify()
+    assert len(problems) == 2
+    assert "lacks tensor model.norm.weight" in problems[0]
+    assert "holds tensor model.extra.weight" in problems[1]
+
+
 def test_truncated_weights_are_a_sentence_and_not_a_crash(run: Path) -> None:
     path = run / "rl" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

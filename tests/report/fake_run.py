@@ -185,7 +185,7 @@ def blame(prompt: str, pieces: list[tuple[str, list[float], int | None]], answer
     return {
         "prompt": prompt, "layers": layers, "prompt_ids": [1, 5, 6, 2], "answer": answer, "tokens": tokens,
         "floor": 0.02,
-        "alone": {"base": "The people of the United States and the world", "sft": answer, "rl": answer + " I love it!"},
+        "alone": {"base": "The people of the United States", "sft": answer, "rl": answer + " I lo" + "ve" * 90},
         "plain": " The government has been made by the people of the country",
     }  # fmt: skip
 

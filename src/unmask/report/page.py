@@ -65,7 +65,7 @@ def render(run: Run) -> str:
         roles={stage.name: ROLES.get(stage.kind, stage.kind) for stage in run.stages},
         planted=PLANTED,
         shown_path=run.directory.name if run.directory.is_absolute() else run.directory,
-        hidden=[f for f in run.all("facts_hidden") if f.group == "base_only"][:1],
+        hidden=[f for f in run.all("facts_hidden") if f.group == "base_only" and f.value is not None][:1],
         rail=rail(run),
         every=every(run),
         seeds=any(f.floor_seed is not None for f in every(run)),

@@ -18,7 +18,7 @@ PLANTED = ("both", "base_only", "sft_only", "none")
 
 def truth(run: Run) -> list[Figure]:
     """Blame against the planted truth: AUC against chance, and nats of the answer beside its wrapping."""
-    areas = run.all("blame_auc")
+    areas = sorted(run.all("blame_auc"), key=lambda f: f.group == "shuffled")
     figures = []
     if areas:
         series = Series.of("AUC", run.place(areas[0].child))
@@ -89,7 +89,7 @@ def change(run: Run) -> list[Figure]:
     figures = []
     moved = {
         (f.parent, f.child, f.text_source): f
-        for f in run.all("kl_child_parent")
+        for f in sorted(run.all("kl_child_parent"), key=lambda f: _steps(run, f))
         if f.group is None and f.parent and f.text_source in TEXTS and f.ci95 and f.ci95[0] > 0
     }
     if moved:
@@ -229,6 +229,12 @@ def _dot(finding: Finding, series: Series, *, row: str | None = None) -> Dot:
     low, high = finding.ci95 or (value, value)
     name = words.group(finding.group) if row is None else row
     return Dot(name, series, value, low, high, f"{words.value(finding)} ({words.interval(finding)})")
+
+
+def _steps(run: Run, finding: Finding) -> tuple[int, int]:
+    """Orders pairs of layers: neighbours first, from the bottom up."""
+    child, parent = run.place(finding.child), run.place(finding.parent)
+    return child - parent, child
 
 
 def _low(finding: Finding) -> float:
