@@ -1,4 +1,4 @@
-"""The command line: bad input is one sentence that names what, where and what to do, with exit status 2 and no traceback."""
+"""The command line: bad input is one sentence with what, where and what to do; exit status 2, no traceback."""
 
 import subprocess
 import sys

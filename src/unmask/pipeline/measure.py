@@ -185,7 +185,7 @@ def write(
 
 
 def is_claim(finding: Finding, stages: Sequence[dict[str, Any]]) -> bool:
-    """A KL is claimed for a layer and its direct parent, on the layer's own sampled answers: it is an average over these."""
+    """A KL is claimed for a layer and its direct parent, on the layer's own sampled answers, which it averages over."""
     if finding.metric != "kl_child_parent":
         return finding.metric in CLAIMS
     parents = {stage["name"]: stage["parent_hash"] for stage in stages}
