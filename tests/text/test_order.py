@@ -27,6 +27,11 @@ def test_seeds_and_epochs_have_orders_of_their_own() -> None:
     assert len(orders) == 25
 
 
+def test_rows_are_drawn_in_another_order_in_every_epoch() -> None:
+    epochs = {tuple(order.indices(epoch, 50, 50, seed=0)) for epoch in range(5)}
+    assert len(epochs) == 5
+
+
 def test_all_places_are_equally_likely() -> None:
     counts = np.zeros((5, 5))
     for seed in range(3000):

@@ -144,6 +144,7 @@ def test_parquet_gives_rows_with_nested_values(tmp_path: Path) -> None:
         ("a.parquet", b"PAR1 not at all", r"a\.parquet cannot be read as parquet"),
         ("a.jsonl.gz", gzip.compress(TWO * 50)[:-20], r"a\.jsonl\.gz cannot be read"),
         ("a.jsonl.gz", TWO, r"a\.jsonl\.gz cannot be read"),
+        ("a.jsonl.gz", gzip.compress(TWO * 50)[:10] + b"\xff" * 40, r"a\.jsonl\.gz cannot be read"),
         ("a.jsonl.xz", lzma.compress(TWO * 50)[:-20], r"a\.jsonl\.xz cannot be read"),
         ("a.jsonl.xz", TWO, r"a\.jsonl\.xz cannot be read"),
         ("a.jsonl.zst", TWO, r"a\.jsonl\.zst cannot be read"),

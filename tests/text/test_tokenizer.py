@@ -318,6 +318,31 @@ def test_a_damaged_tokenizer_is_refused_by_name(damage: Any, tmp_path: Path) -> 
         foreign(tmp_path, damage, {})
 
 
+def test_truncation_and_padding_that_a_file_asks_for_are_not_applied(tmp_path: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        like_gpt2(content)  # not encoded by tiktoken
+        content["truncation"] = {
+            "max_length": 2,
+            "strategy": "LongestFirst",
+            "stride": 0,
+            "direction": "Right",
+        }
+        content["padding"] = {
+            "strategy": {"Fixed": 9},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "x",
+        }
+
+    ours, _ = foreign(tmp_path, change, {})
+    for text in ("a b c d e f g", ""):
+        assert ours.decode(ours.encode(text)) == text
+        assert ours.encode_batch([text]) == [ours.encode(text)]
+        assert 0 not in ours.encode(text)
+
+
 def test_a_tokenizer_in_which_text_can_become_a_control_token_is_refused(tmp_path: Path) -> None:
     def change(content: dict[str, Any]) -> None:
         content["model"]["ignore_merges"] = True  # whole words are looked up, and "END" is a word

@@ -233,9 +233,7 @@ _CONFIG: dict[str, Any] = {
 def _plain(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """The library's tokenizer, to which control tokens' names are plain text, and which adds nothing."""
     try:
-        plain = tokenizers.Tokenizer.from_str(
-            json.dumps({**content, "post_processor": None, "truncation": None, "padding": None})
-        )
+        plain = tokenizers.Tokenizer.from_str(json.dumps({**content, "truncation": None, "padding": None}))
     except Exception as error:  # the library raises no narrower class
         raise UserError(f"the library `tokenizers` refuses it ({error}).") from error
     plain.encode_special_tokens = True
