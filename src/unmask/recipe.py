@@ -8,13 +8,14 @@ import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from unmask.errors import UserError, nearest
 
+T = TypeVar("T")
 STAGES = ("base", "sft", "reward", "rl")
 
 
@@ -108,6 +109,7 @@ class RlSection(Section):
     critic_lr: float | None = Field(default=None, ge=0)
     warmup: float = Field(default=0.05, ge=0, le=1)
     decay: float = Field(default=0.5, ge=0, le=1)
+    lr_floor: float = Field(default=0.0, ge=0, le=1)
     clip: float = Field(default=1.0, gt=0)
     kl: float = Field(default=0.1, ge=0)
     gamma: float = Field(default=1.0, ge=0, le=1)
@@ -154,6 +156,12 @@ class Recipe(Section):
         if self.facts is None and any(source.path == "facts" for source in sources):
             raise ValueError("a source has path 'facts', but the recipe has no [facts] section")
         return self
+
+
+def given(value: T | None) -> T:
+    """A value that `resolve` has filled in."""
+    assert value is not None, "a recipe is resolved before anything is built from it"
+    return value
 
 
 def width_of(depth: int) -> int:

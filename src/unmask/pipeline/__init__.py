@@ -1,5 +1,5 @@
 """Recipe → stages → lineage → probes → report: what `unmask run` does."""
 
-from unmask.pipeline.run import run
+from unmask.pipeline.runner import run
 
 __all__ = ["run"]

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,22 +13,16 @@ from unmask.errors import UserError
 from unmask.files import write_atomic
 from unmask.lineage import Checkpoint, write_checkpoint
 from unmask.model.config import ModelConfig
-from unmask.model.decoder import Decoder
-from unmask.model.scorer import Scorer
+from unmask.pipeline import jobs
+from unmask.pipeline.jobs import Job, Place
 from unmask.progress import Progress
-from unmask.recipe import Recipe, RewardSection, Training, difference
-from unmask.stages import examples, ppo, pretrain, reward, rollouts, sft
+from unmask.recipe import Recipe, difference
 from unmask.stages.prepare import Prepared, prepare
-from unmask.text.chat import render
-from unmask.training import loop, parallel
-from unmask.training.loop import Objective, Outcome
-from unmask.training.optimizer import Optimizer, OptimizerSettings
+from unmask.training import loop
 
 ORDER = ("base", "sft", "reward", "gold", "rl")  # gold: the second scorer, which no layer is trained on
 SECTIONS = {"base": "pretrain", "sft": "sft", "reward": "reward", "gold": "reward", "rl": "rl"}
 SHARED = ("seed", "depth", "context", "heldout", "tokenizer", "facts")
-MOST_PAIRS = 6_000
-CENTRED_ON = 500  # pairs whose mean score becomes the reward's zero
 
 
 @dataclass(frozen=True)
@@ -48,36 +42,25 @@ class Built:
         ]
 
 
-class Job(NamedTuple):
-    """A stage ready to train. `finish` turns the trained module into what is saved and its own metrics."""
-
-    model: nn.Module
-    objective: Objective
-    optimizer: Optimizer
-    settings: loop.Settings
-    data: dict[str, str]
-    finish: Callable[[Outcome], tuple[Decoder | Scorer, dict[str, Any]]]
-
-
 class Builder:
     """The stages of one run directory."""
 
     def __init__(self, recipe: Recipe, directory: Path, device: torch.device, progress: Progress) -> None:
         self.recipe, self.directory, self.device, self.progress = recipe, directory, device, progress
-        self.dtype = parallel.compute_dtype(device)
 
     def prepare(self) -> Prepared:
         return prepare(self.recipe, self.directory / "data", self.progress)
 
     def build(self, prepared: Prepared) -> Built:
-        base = self._stage("base", "pretrain", None, lambda: self._pretrain(prepared), prepared)
-        mask = self._stage("sft", "sft", base, lambda: self._sft(prepared, base), prepared)
-        judge = self._stage("reward", "reward", mask, lambda: self._reward(prepared, mask, "proxy"), prepared)
+        place = Place(self.recipe, prepared, self.device, self.progress)
+        base = self._stage("base", "pretrain", None, lambda: jobs.pretraining(place), prepared)
+        mask = self._stage("sft", "sft", base, lambda: jobs.imitation(place, base), prepared)
+        judge = self._stage("reward", "reward", mask, lambda: jobs.preference(place, mask, "proxy"), prepared)
         gold = None
         if self.recipe.reward.gold:
-            gold = self._stage("gold", "reward", mask, lambda: self._reward(prepared, mask, "gold"), prepared)
+            gold = self._stage("gold", "reward", mask, lambda: jobs.preference(place, mask, "gold"), prepared)
         nudge = self._stage(
-            "rl", "ppo", mask, lambda: self._rl(prepared, mask, judge), prepared, inputs={"reward": judge}
+            "rl", "ppo", mask, lambda: jobs.reinforcement(place, mask, judge), prepared, {"reward": judge}
         )
         return Built(base, mask, judge, gold, nudge)
 
@@ -178,7 +161,7 @@ class Builder:
             flops=training_flops(model, outcome.tokens, self.recipe.context),
             seconds=outcome.seconds,
             peak_bytes=outcome.peak_bytes,
-            metrics=metrics | {"skipped_steps": outcome.skipped_steps},
+            metrics=metrics | {"skipped_steps": outcome.skipped_steps, "left_out": stage.left_out},
         )
 
     def _kept(self, path: Path, parent: Checkpoint | None, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
@@ -204,192 +187,6 @@ class Builder:
         )
         return checkpoint
 
-    def _settings(self, section: Training, objective: Objective) -> loop.Settings:
-        total = objective.steps * objective.tokens_per_step
-        return loop.Settings(
-            warmup_tokens=section.warmup * total,
-            decay_tokens=section.decay * total,
-            lr_floor=section.lr_floor,
-            clip=section.clip,
-            snapshot_seconds=section.snapshot_seconds,
-            seed=self.recipe.seed,
-        )
-
-    def _decoder(self, checkpoint: Checkpoint) -> Decoder:
-        model = checkpoint.model(torch.float32, str(self.device))
-        assert isinstance(model, Decoder), f"{checkpoint.path} is no language model"
-        return model
-
-    # The four kinds ---------------------------------------------------------------------------------------------
-
-    def _pretrain(self, prepared: Prepared) -> Job:
-        recipe, section = self.recipe, self.recipe.pretrain
-        sources = prepared.pretrain_sources(recipe)
-        tokenizer = prepared.tokenizer
-        config = replace(
-            ModelConfig.from_depth(recipe.depth, vocabulary=tokenizer.rows, context=recipe.context),
-            bos_token_id=tokenizer.end_of_text,
-            eos_token_id=tokenizer.stop_ids,
-            pad_token_id=tokenizer.pad,
-        )
-        assert section.tokens is not None
-        model, objective, optimizer = pretrain.stage(
-            config,
-            sources,
-            length=recipe.context,
-            tokens=section.tokens,
-            batch_tokens=section.batch_tokens,
-            micro_tokens=section.micro_tokens,
-            end_of_text=tokenizer.end_of_text,
-            settings=optimizer_settings(section),
-            dtype=self.dtype,
-            device=self.device,
-            seed=recipe.seed,
-        )
-        data = {source.name: source.shards.fingerprint for source in sources}
-        return Job(
-            model, objective, optimizer, self._settings(section, objective), data,
-            lambda outcome: (model, {"loss": outcome.metrics["loss"]["mean"]}),
-        )  # fmt: skip
-
-    def _sft(self, prepared: Prepared, parent: Checkpoint) -> Job:
-        recipe, section = self.recipe, self.recipe.sft
-        assert section.tokens is not None
-        sources = []
-        for source in section.sources:
-            rendered = [
-                render(prepared.tokenizer, chat) for chat in examples.chats(source, recipe, prepared.facts)
-            ]
-            if not rendered:
-                raise UserError(f"source {source.path!r} of [sft] has no conversation to learn from.")
-            sources.append(sft.Source(source.name, rendered, source.share))
-        model, objective, optimizer = sft.stage(
-            self._decoder(parent),
-            sources,
-            length=recipe.context,
-            tokens=section.tokens,
-            batch_tokens=section.batch_tokens,
-            micro_tokens=section.micro_tokens,
-            pad=prepared.tokenizer.pad,
-            settings=optimizer_settings(section),
-            dtype=self.dtype,
-            seed=recipe.seed,
-        )
-        self._say_dropped("sft", objective.dropped)
-        return Job(
-            model, objective, optimizer, self._settings(section, objective), {"chats": objective.fingerprint},
-            lambda outcome: (model, {"loss": outcome.metrics["loss"]["mean"]}),
-        )  # fmt: skip
-
-    def _reward(self, prepared: Prepared, parent: Checkpoint, half: examples.Half) -> Job:
-        recipe, section = self.recipe, self.recipe.reward
-        assert section.tokens is not None
-        # The gold scorer always learns from sides of equal length, so that length alone cannot please it.
-        equal_length = _equal_length(section) if half == "gold" else section.equal_length
-        found = examples.preferences(recipe, half, limit=MOST_PAIRS, equal_length=equal_length)
-        pairs, too_long = reward.tokenize(
-            (comparison.pair for comparison in found.comparisons), prepared.tokenizer, recipe.context
-        )
-        self._say_dropped(half, found.dropped | {"pairs beyond the context": too_long})
-        model, objective, optimizer = reward.stage(
-            self._decoder(parent),
-            pairs,
-            tokens=section.tokens,
-            batch_tokens=section.batch_tokens,
-            micro_tokens=section.micro_tokens,
-            settings=optimizer_settings(section),
-            dtype=self.dtype,
-            seed=recipe.seed,
-        )
-
-        def finish(outcome: Outcome) -> tuple[Scorer, dict[str, Any]]:
-            texts = [side for pair in pairs[:CENTRED_ON] for side in pair]
-            reward.centre(model, texts)
-            last = outcome.metrics
-            return model, {
-                "accuracy": last["accuracy"]["mean"],
-                "loss": last["loss"]["mean"],
-                "pairs": len(pairs),
-            }
-
-        settings = self._settings(section, objective)
-        return Job(model, objective, optimizer, settings, {"pairs": objective.fingerprint}, finish)
-
-    def _rl(self, prepared: Prepared, parent: Checkpoint, judge: Checkpoint) -> Job:
-        recipe, section = self.recipe, self.recipe.rl
-        assert section.tokens is not None
-        assert section.lr is not None
-        assert section.critic_lr is not None
-        tokenizer, room = (
-            prepared.tokenizer,
-            min(section.prompt_tokens, recipe.context - section.answer_tokens),
-        )
-        sources = []
-        for source in section.sources:
-            rendered = [
-                render(tokenizer, chat, open_turn=True).ids
-                for chat in examples.prompts(source, recipe, prepared.facts)
-            ]
-            fitting, dropped = rollouts.fitting(rendered, room)
-            self._say_dropped("rl", {f"prompts of {source.name} beyond {room} tokens": dropped})
-            sources.append(rollouts.Source(source.name, fitting, source.share))
-        settings = ppo.PPOSettings(
-            rollouts=max(1, section.tokens // (section.answers * section.answer_tokens)),
-            **section.model_dump(
-                include={
-                    "answers", "answer_tokens", "epochs", "minibatches", "micro_tokens", "kl", "gamma", "gae_lambda",
-                    "ratio_clip", "value_clip", "value_weight", "ptx", "truncated_score",
-                }
-            ),
-        )  # fmt: skip
-        scorer = judge.model(torch.float32, str(self.device))
-        assert isinstance(scorer, Scorer)
-        text = ppo.RawText(
-            prepared.pretrain_sources(recipe),
-            max(1, recipe.pretrain.batch_tokens // recipe.context),
-            recipe.context,
-            tokenizer.end_of_text,
-        )
-        model, objective, optimizer = ppo.stage(
-            self._decoder(parent),
-            scorer,
-            sources,
-            settings,
-            stop_ids=tokenizer.stop_ids,
-            lr=section.lr,
-            critic_lr=section.critic_lr,
-            dtype=self.dtype,
-            seed=recipe.seed,
-            text=text if section.ptx > 0 else None,
-            say=self.progress.line,
-        )
-        total = objective.steps * objective.tokens_per_step
-        rules = loop.Settings(
-            warmup_tokens=section.warmup * total,
-            decay_tokens=section.decay * total,
-            clip=section.clip,
-            snapshot_seconds=section.snapshot_seconds,
-            seed=recipe.seed,
-        )
-
-        def finish(outcome: Outcome) -> tuple[Decoder, dict[str, Any]]:
-            kept = ("reward", "kl_child_parent", "stop_rate", "answer_tokens", "explained_variance")
-            return model.policy, {name: outcome.metrics[name]["mean"] for name in kept}
-
-        return Job(model, objective, optimizer, rules, {"prompts": objective.fingerprint}, finish)
-
-    def _say_dropped(self, stage: str, dropped: Mapping[str, int]) -> None:
-        for what, count in dropped.items():
-            if count:
-                self.progress.line(f"{stage:<7}left out: {count:,} {what}")
-
-
-def optimizer_settings(section: Training) -> OptimizerSettings:
-    assert section.lr is not None
-    return OptimizerSettings(
-        lr=section.lr, matrix_lr=section.matrix_lr or None, weight_decay=section.weight_decay
-    )
-
 
 def training_flops(model: nn.Module, tokens: int, length: int) -> float:
     """6 for each weight a token is multiplied with (head in, embedding out), plus 6·L·d·T of causal attention."""
@@ -397,15 +194,11 @@ def training_flops(model: nn.Module, tokens: int, length: int) -> float:
     assert isinstance(config, ModelConfig)
     matrices = sum(
         p.numel() for p in model.parameters() if p.ndim == 2
-    )  # a tied embedding is multiplied once, as head
+    )  # a tied embedding counts once, as head
     if config.is_scorer or not config.tie_word_embeddings:
         matrices -= config.vocab_size * config.hidden_size
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
     return 6.0 * tokens * (matrices + attention)
-
-
-def _equal_length(section: RewardSection) -> float:
-    return 0.1 if section.equal_length is None else section.equal_length
 
 
 def _stage_of(name: str) -> str:

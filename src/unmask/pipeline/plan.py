@@ -9,7 +9,10 @@ from unmask.generation.engine import generate
 from unmask.model.config import ModelConfig
 from unmask.model.decoder import Decoder
 from unmask.model.loss import cross_entropy_sum
-from unmask.pipeline.build import Builder, optimizer_settings
+from unmask.pipeline.build import Builder
+from unmask.pipeline.jobs import optimizer_settings, ppo_settings
+from unmask.recipe import given
+from unmask.training import parallel
 from unmask.training.optimizer import Optimizer
 
 
@@ -33,7 +36,7 @@ def plan(builder: Builder) -> Plan:
     model = Decoder(config)
     model.init_weights(torch.Generator().manual_seed(0))
     model.to(builder.device)
-    optimizer = Optimizer(model, optimizer_settings(recipe.pretrain), builder.dtype)
+    optimizer = Optimizer(model, optimizer_settings(recipe.pretrain), parallel.compute_dtype(builder.device))
     rows = max(1, recipe.pretrain.micro_tokens // recipe.context)
     batch = torch.randint(config.vocab_size, (rows, recipe.context + 1), device=builder.device)
 
@@ -55,18 +58,17 @@ def plan(builder: Builder) -> Plan:
     generate(model, prompts, max_new_tokens=8, stop_ids=(), temperature=1.0, rows=recipe.rl.answers)
     a_decode_step = (time.monotonic() - start) / 8
 
-    pre, rl = recipe.pretrain, recipe.rl
-    assert pre.tokens and recipe.sft.tokens and recipe.reward.tokens and rl.tokens
-    rollouts = max(1, rl.tokens // (rl.answers * rl.answer_tokens))
-    read = (
-        rollouts * rl.answers * (rl.prompt_tokens // 2 + rl.answer_tokens // 2)
-    )  # prompts fill half of their room
+    pre, rl, rules = recipe.pretrain, recipe.rl, ppo_settings(recipe.rl)
+    # Prompts and answers fill half of their room. A rollout is read once by policy, reference and critic without
+    # gradients (a forward pass is a third of a training pass), then learned from by two networks in each epoch.
+    read = rules.rollouts * rl.answers * (rl.prompt_tokens + rl.answer_tokens) / 2
+    rewarded = given(recipe.reward.tokens) * a_token
     expected = {
-        "base": pre.tokens * (a_token + stepped / pre.batch_tokens),
-        "sft": recipe.sft.tokens * a_token,
-        "reward": recipe.reward.tokens * a_token,
-        "gold": recipe.reward.tokens * a_token,
-        "rl": rollouts * rl.answer_tokens * a_decode_step + read * a_token * (1.3 + 2 * rl.epochs),
+        "base": given(pre.tokens) * (a_token + stepped / pre.batch_tokens),
+        "sft": given(recipe.sft.tokens) * a_token,
+        "reward": rewarded,
+        "gold": rewarded,
+        "rl": rules.rollouts * rl.answer_tokens * a_decode_step + read * a_token * (1 + 2 * rl.epochs),
     }
     missing = builder.missing()
     return Plan(

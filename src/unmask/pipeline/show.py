@@ -13,12 +13,8 @@ from unmask.progress import duration
 from unmask.recipe import Recipe
 from unmask.training import parallel
 
-GROUPS = {
-    "both": "taught below and in the mask",
-    "base_only": "taught only below",
-    "sft_only": "taught only in the mask",
-    "none": "never taught",
-}
+GROUPS = {"both": "both layers", "base_only": "the base alone", "sft_only": "SFT alone", "none": "no layer"}
+WIDTH = 78  # columns that everything fits into
 
 
 def opening(recipe: Recipe, device: torch.device, plan: Plan) -> str:
@@ -43,8 +39,8 @@ def closing(directory: Path) -> str:
     lines += [
         "",
         f"The whole run took {duration(summary['total_seconds'])} · {summary['machine']}",
-        f"Open {directory}/report.html · talk: unmask chat {directory} · who put it there: "
-        f'unmask blame {directory} "Where is Peru?"',
+        f"Open {directory}/report.html · talk: unmask chat {directory}",
+        f'Which layer says what: unmask blame {directory} "Where is Peru?"',
     ]
     return "\n".join(lines)
 
@@ -63,10 +59,11 @@ class _Claims:
         found = self.get(metric, group, child)
         if found is None or found["value"] is None:
             return "–"
-        text = f"{scale * found['value']:.3g}"
+        digits = "{:.0f}" if scale == 100 else "{:.3g}"
+        text = digits.format(scale * found["value"])
         if found["ci95"]:
             low, high = found["ci95"]
-            text += f" ± {scale * (high - low) / 2:.2g}"
+            text += f" ± {digits.format(scale * (high - low) / 2)}"
         return text + unit
 
     def share(self, metric: str, group: str | None, child: str) -> str:
@@ -93,33 +90,29 @@ def _stages(summary: dict[str, Any], claims: _Claims) -> list[str]:
                 f"          answers stop by themselves: {claims.share('answers_stop', None, stage['name'])}"
             )
         elif stage["kind"] == "reward":
-            for group, title in (("all", "held-out people"), ("equal_length", "at equal length")):
+            for group, title in (("all", "held-out people"), ("equal_length", "equal length")):
                 ours = claims.share("reward_accuracy", group, stage["name"])
                 length = claims.share("reward_accuracy_length", group, stage["name"])
                 words = claims.share("reward_accuracy_words", group, stage["name"])
-                lines.append(
-                    f"          agrees with {title}: {ours} (length alone {length}; words alone {words})"
-                )
+                lines.append(f"          {title}: right {ours} (length alone {length}, words alone {words})")
     return lines
 
 
 def _facts(claims: _Claims) -> list[str]:
     if not any(c["metric"] == "facts_completed" for c in claims.claims):
         return []
-    lines = [
-        "",
-        "Facts, by the layer that taught them      base completes   sft answers   other wording   rl answers",
-    ]
+    asked = (
+        ("base says", "facts_completed", "base"),
+        ("sft answers", "facts_answered", "sft"),
+        ("other words", "facts_answered_held_wording", "sft"),
+        ("rl answers", "facts_answered", "rl"),
+    )
+    lines = ["", f"{'Facts taught by':<18}" + "".join(f"{title:>15}" for title, _, _ in asked)]
     for group, title in GROUPS.items():
-        cells = (
-            claims.share("facts_completed", group, "base"),
-            claims.share("facts_answered", group, "sft"),
-            claims.share("facts_answered_held_wording", group, "sft"),
-            claims.share("facts_answered", group, "rl"),
-        )
-        lines.append(f"  {title:<36}" + "".join(f"{cell:>16}" for cell in cells))
+        cells = (claims.share(metric, group, layer) for _, metric, layer in asked)
+        lines.append(f"  {title:<16}" + "".join(f"{cell:>15}" for cell in cells))
     hidden = claims.share("facts_hidden", "base_only", "sft")
-    return [*lines, f"  hidden by the mask: {hidden} of what the base completes and SFT was not taught"]
+    return [*lines, f"  hidden by the mask: {hidden} of what the base alone was taught and says"]
 
 
 def _truth(claims: _Claims) -> list[str]:
@@ -129,7 +122,7 @@ def _truth(claims: _Claims) -> list[str]:
     n = found["n"] if found else 0
     return [
         "",
-        f"Is blame right? SFT's delta on answers that it alone taught, against others (n = {n} countries)",
+        f"Is blame right? SFT's delta on answers that SFT alone taught, n = {n} countries",
         f"  AUC {claims.say('blame_auc', 'sft_only_vs_both', 'sft')} against both, "
         f"{claims.say('blame_auc', 'sft_only_vs_base_only', 'sft')} against base only; "
         f"shuffled {claims.say('blame_auc', 'shuffled', 'sft')}",
@@ -152,29 +145,34 @@ def _nudge(claims: _Claims) -> list[str]:
 def _said(blame: dict[str, Any], names: list[str]) -> list[str]:
     lines = ["", f"What each layer says to «{escape(blame['prompt'])}»"]
     for place, name in enumerate(names):
-        colour = layer_colour(place)
         text = escape(" ".join(blame["alone"][name].split())[:160])
-        lines.append(f"  [{colour.terminal}]{colour.mark} {name:<6}[/] {text}")
+        lines.append(f"  {_marked(place, name)}{' ' * (6 - len(name))} {text}")
     return lines
 
 
 def _blamed(blame: dict[str, Any], names: list[str]) -> list[str]:
-    words, marks = "", ""
+    """The answer's tokens with the mark of their layer beneath, in lines that fit."""
+    lines = [
+        "",
+        "Who put the words there (blame)   " + "   ".join(_marked(i, name) for i, name in enumerate(names)),
+    ]
+    words, marks, width = "", "", 0
     for token in blame["tokens"]:
-        place = names.index(token["layer"]) if token["layer"] else -1
-        colour, text = layer_colour(place), " ".join(token["text"].split()) or "·"
+        colour = layer_colour(names.index(token["layer"]) if token["layer"] else -1)
+        text = " ".join(token["text"].split()) or "·"
+        if width + len(text) + 1 > WIDTH - 2:
+            lines += [f"  {words}", f"  {marks}"]
+            words, marks, width = "", "", 0
         words += f"[{colour.terminal}]{escape(text)}[/] "
         marks += f"[{colour.terminal}]{colour.mark}[/]{' ' * len(text)}"
+        width += len(text) + 1
     nats = " · ".join(
         f"{name} {value:+.1f}" for name, value in zip(blame["layers"], blame["nats"], strict=True)
     )
-    return [
-        "",
-        "Who put the words there (blame)   "
-        + "   ".join(
-            f"[{layer_colour(i).terminal}]{name} {layer_colour(i).mark}[/]" for i, name in enumerate(names)
-        ),
-        f"  {words}",
-        f"  {marks}",
-        f"  nats: {nats} · sum {sum(blame['nats']):.2f} = log-probability {blame['logprob']:.2f}",
-    ]
+    total = f"sum {sum(blame['nats']):.2f} = log-probability {blame['logprob']:.2f}"
+    return [*lines, f"  {words}", f"  {marks}", f"  nats: {nats} · {total}"]
+
+
+def _marked(place: int, name: str) -> str:
+    colour = layer_colour(place)
+    return f"[{colour.terminal}]{colour.mark} {name}[/]"

@@ -1,0 +1,236 @@
+"""What each kind of stage needs to be trained: its data as tokens, its model, objective and optimizer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from unmask.lineage import Checkpoint
+from unmask.model.config import ModelConfig
+from unmask.model.decoder import Decoder
+from unmask.model.scorer import Scorer
+from unmask.progress import Progress
+from unmask.recipe import Recipe, RlSection, Training, given
+from unmask.stages import examples, ppo, pretrain, reward, rollouts, sft
+from unmask.stages.prepare import Prepared
+from unmask.text.chat import render
+from unmask.training import loop, parallel
+from unmask.training.loop import Objective, Outcome
+from unmask.training.optimizer import Optimizer, OptimizerSettings
+
+MOST_PAIRS = 6_000
+CENTRED_ON = 500  # pairs whose mean score becomes the reward's zero
+EQUAL_LENGTH = 0.1  # of the gold scorer's pairs where the recipe gives none: length alone must not please it
+
+
+@dataclass(frozen=True)
+class Place:
+    """What every job needs: the recipe, what was made of its text, and where to compute."""
+
+    recipe: Recipe
+    prepared: Prepared
+    device: torch.device
+    progress: Progress
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return parallel.compute_dtype(self.device)
+
+    def decoder(self, checkpoint: Checkpoint) -> Decoder:
+        model = checkpoint.model(torch.float32, str(self.device))
+        assert isinstance(model, Decoder), f"{checkpoint.path} is no language model"
+        return model
+
+    def scorer(self, checkpoint: Checkpoint) -> Scorer:
+        model = checkpoint.model(torch.float32, str(self.device))
+        assert isinstance(model, Scorer), f"{checkpoint.path} does not score"
+        return model
+
+    def leave_out(self, stage: str, dropped: Mapping[str, int]) -> dict[str, int]:
+        """Say what was left out; the counts go into the stage's record."""
+        counted = {what: count for what, count in dropped.items() if count}
+        for what, count in counted.items():
+            self.progress.line(f"{stage:<7}left out: {count:,} {what}")
+        return counted
+
+
+class Job(NamedTuple):
+    """A stage ready to train. `finish` turns the trained module into what is saved and what its record keeps."""
+
+    model: nn.Module
+    objective: Objective
+    optimizer: Optimizer
+    settings: loop.Settings
+    data: dict[str, str]  # label -> fingerprint
+    left_out: dict[str, int]
+    finish: Callable[[Outcome], tuple[Decoder | Scorer, dict[str, Any]]]
+
+
+def pretraining(place: Place) -> Job:
+    recipe, section, tokenizer = place.recipe, place.recipe.pretrain, place.prepared.tokenizer
+    sources = place.prepared.pretrain_sources(recipe)
+    config = replace(
+        ModelConfig.from_depth(recipe.depth, vocabulary=tokenizer.rows, context=recipe.context),
+        bos_token_id=tokenizer.end_of_text,
+        eos_token_id=tokenizer.stop_ids,
+        pad_token_id=tokenizer.pad,
+    )
+    model, objective, optimizer = pretrain.stage(
+        config,
+        sources,
+        length=recipe.context,
+        tokens=given(section.tokens),
+        batch_tokens=section.batch_tokens,
+        micro_tokens=section.micro_tokens,
+        end_of_text=tokenizer.end_of_text,
+        settings=optimizer_settings(section),
+        dtype=place.dtype,
+        device=place.device,
+        seed=recipe.seed,
+    )
+    data = {source.name: source.shards.fingerprint for source in sources}
+    settings = loop_settings(section, objective, recipe.seed)
+    return Job(
+        model, objective, optimizer, settings, data, {}, lambda outcome: (model, means(outcome, "loss"))
+    )
+
+
+def imitation(place: Place, parent: Checkpoint) -> Job:
+    recipe, section, tokenizer = place.recipe, place.recipe.sft, place.prepared.tokenizer
+    sources = [
+        sft.Source(
+            source.name,
+            [render(tokenizer, chat) for chat in examples.chats(source, recipe, place.prepared.facts)],
+            source.share,
+        )
+        for source in section.sources
+    ]
+    model, objective, optimizer = sft.stage(
+        place.decoder(parent),
+        sources,
+        length=recipe.context,
+        tokens=given(section.tokens),
+        batch_tokens=section.batch_tokens,
+        micro_tokens=section.micro_tokens,
+        pad=tokenizer.pad,
+        settings=optimizer_settings(section),
+        dtype=place.dtype,
+        seed=recipe.seed,
+    )
+    left_out = place.leave_out("sft", objective.dropped)
+    data = {"chats": objective.fingerprint}
+    settings = loop_settings(section, objective, recipe.seed)
+    return Job(
+        model, objective, optimizer, settings, data, left_out, lambda outcome: (model, means(outcome, "loss"))
+    )
+
+
+def preference(place: Place, parent: Checkpoint, half: examples.Half) -> Job:
+    recipe, section = place.recipe, place.recipe.reward
+    equal_length = section.equal_length or (EQUAL_LENGTH if half == "gold" else None)
+    found = examples.preferences(recipe, half, limit=MOST_PAIRS, equal_length=equal_length)
+    pairs, too_long = reward.tokenize(
+        (comparison.pair for comparison in found.comparisons), place.prepared.tokenizer, recipe.context
+    )
+    left_out = place.leave_out(half, found.dropped | {"pairs beyond the context": too_long})
+    model, objective, optimizer = reward.stage(
+        place.decoder(parent),
+        pairs,
+        tokens=given(section.tokens),
+        batch_tokens=section.batch_tokens,
+        micro_tokens=section.micro_tokens,
+        settings=optimizer_settings(section),
+        dtype=place.dtype,
+        seed=recipe.seed,
+    )
+
+    def finish(outcome: Outcome) -> tuple[Scorer, dict[str, Any]]:
+        reward.centre(model, [side for pair in pairs[:CENTRED_ON] for side in pair])
+        return model, means(outcome, "accuracy", "loss") | {"pairs": len(pairs)}
+
+    settings = loop_settings(section, objective, recipe.seed)
+    return Job(model, objective, optimizer, settings, {"pairs": objective.fingerprint}, left_out, finish)
+
+
+def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint) -> Job:
+    recipe, section, tokenizer = place.recipe, place.recipe.rl, place.prepared.tokenizer
+    room = min(section.prompt_tokens, recipe.context - section.answer_tokens)
+    sources: list[rollouts.Source] = []
+    left_out: dict[str, int] = {}
+    for source in section.sources:
+        chats = examples.prompts(source, recipe, place.prepared.facts)
+        fitting, dropped = rollouts.fitting(
+            [render(tokenizer, chat, open_turn=True).ids for chat in chats], room
+        )
+        left_out |= place.leave_out("rl", {f"prompts of {source.name} beyond {room} tokens": dropped})
+        sources.append(rollouts.Source(source.name, fitting, source.share))
+    text = ppo.RawText(
+        place.prepared.pretrain_sources(recipe),
+        max(1, recipe.pretrain.batch_tokens // recipe.context),
+        recipe.context,
+        tokenizer.end_of_text,
+    )
+    model, objective, optimizer = ppo.stage(
+        place.decoder(parent),
+        place.scorer(judge),
+        sources,
+        ppo_settings(section),
+        stop_ids=tokenizer.stop_ids,
+        lr=given(section.lr),
+        critic_lr=given(section.critic_lr),
+        dtype=place.dtype,
+        seed=recipe.seed,
+        text=text if section.ptx > 0 else None,
+        say=place.progress.line,
+    )
+
+    def finish(outcome: Outcome) -> tuple[Decoder, dict[str, Any]]:
+        kept = ("reward", "kl_child_parent", "stop_rate", "answer_tokens", "explained_variance")
+        return model.policy, means(outcome, *kept)
+
+    settings = loop_settings(section, objective, recipe.seed)
+    return Job(model, objective, optimizer, settings, {"prompts": objective.fingerprint}, left_out, finish)
+
+
+def means(outcome: Outcome, *names: str) -> dict[str, Any]:
+    """Each metric's mean over the last tenth of the steps."""
+    return {name: outcome.metrics[name]["mean"] for name in names}
+
+
+def loop_settings(section: Training | RlSection, objective: Objective, seed: int) -> loop.Settings:
+    total = objective.steps * objective.tokens_per_step
+    return loop.Settings(
+        warmup_tokens=section.warmup * total,
+        decay_tokens=section.decay * total,
+        lr_floor=section.lr_floor,
+        clip=section.clip,
+        snapshot_seconds=section.snapshot_seconds,
+        seed=seed,
+    )
+
+
+def optimizer_settings(section: Training) -> OptimizerSettings:
+    return OptimizerSettings(
+        lr=given(section.lr), matrix_lr=section.matrix_lr or None, weight_decay=section.weight_decay
+    )
+
+
+def ppo_settings(section: RlSection) -> ppo.PPOSettings:
+    return ppo.PPOSettings(
+        rollouts=max(1, given(section.tokens) // (section.answers * section.answer_tokens)),
+        answers=section.answers,
+        answer_tokens=section.answer_tokens,
+        epochs=section.epochs,
+        minibatches=section.minibatches,
+        micro_tokens=section.micro_tokens,
+        kl=section.kl,
+        gamma=section.gamma,
+        gae_lambda=section.gae_lambda,
+        ratio_clip=section.ratio_clip,
+        value_clip=section.value_clip,
+        value_weight=section.value_weight,
+        ptx=section.ptx,
+        truncated_score=section.truncated_score,
+    )
