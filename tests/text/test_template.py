@@ -44,6 +44,7 @@ def test_templates_that_reach_out_or_are_broken_are_refused(template: str) -> No
         "{{ 300000000 * 'x' }}",
         "{{ ([1] * 9999) * 99999 }}",
         "{{ 9 ** 99999999 }}",
+        "{% set ns = namespace(n=9) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
         "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
         "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
         "{% set ns = namespace(s=[1]) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",

@@ -31,6 +31,7 @@ CHATML = (
 _MAX_SOURCE = 256 * 1024  # characters; the longest in use have some 30,000
 _MAX_TEXT = 4 * 1024 * 1024  # characters, of the result and of any string on the way
 _MAX_WORK = 200_000  # calls and turns of loops in one rendering
+_LONG = (str, list, tuple)  # what can be made long by adding and multiplying
 
 
 def render_text(
@@ -57,12 +58,10 @@ def render_text(
                     )
                 )
             )
-    except (
-        Exception
-    ) as error:  # a template can raise whatever its expressions raise: TypeError, RecursionError, …
-        raise UserError(
-            f"the chat template cannot render these messages: {error or type(error).__name__}"
-        ) from error
+    # A template raises whatever its expressions raise: TypeError, RecursionError, …
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"the chat template cannot render these messages: {reason}") from error
 
 
 def _within_bounds(chunks: Iterable[str]) -> Iterator[str]:
@@ -112,15 +111,14 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
             raise SecurityError("it raises to a power")
-        sizes = [len(side) if isinstance(side, str | list | tuple) else None for side in (left, right)]
-        if operator == "+" and None not in sizes:
-            _refuse_long(sum(size for size in sizes if size is not None))
-        elif operator == "*":
-            counts = [
-                size if size is not None else side for size, side in zip(sizes, (left, right), strict=True)
-            ]
-            if any(size is not None for size in sizes):
-                _refuse_long(counts[0] * counts[1])
+        if operator == "+" and isinstance(left, _LONG) and isinstance(right, _LONG):
+            _refuse_long(len(left) + len(right))
+        elif operator == "*" and isinstance(left, _LONG) and isinstance(right, int):
+            _refuse_long(len(left) * right)
+        elif operator == "*" and isinstance(left, int) and isinstance(right, _LONG):
+            _refuse_long(left * len(right))
+        elif operator == "*" and isinstance(left, int) and isinstance(right, int):
+            _refuse_long(left.bit_length() + right.bit_length())
         return super().call_binop(context, operator, left, right)
 
 
@@ -143,7 +141,7 @@ def _call(method: str, arguments: list[nodes.Expr]) -> nodes.Call:
 
 def _refuse_long(length: int) -> None:
     if length > _MAX_TEXT:
-        raise SecurityError(f"it makes a string of {length} characters; {_MAX_TEXT} is the most")
+        raise SecurityError(f"it makes something of {length} characters or parts; {_MAX_TEXT} is the most")
 
 
 def _raise_exception(message: str) -> NoReturn:
