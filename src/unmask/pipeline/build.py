@@ -143,6 +143,7 @@ class Builder:
             work,
             self.progress,
             f"{name:<7}{kind:<9}",
+            stage.shown,
         )
         model, metrics = stage.finish(outcome)
         return write_checkpoint(

@@ -66,6 +66,7 @@ class Job(NamedTuple):
     data: dict[str, str]  # label -> fingerprint
     left_out: dict[str, int]
     finish: Callable[[Outcome], tuple[Decoder | Scorer, dict[str, Any]]]
+    shown: tuple[str, ...] = ()  # metrics beside the progress bar
 
 
 def pretraining(place: Place) -> Job:
@@ -151,7 +152,16 @@ def preference(place: Place, parent: Checkpoint, half: examples.Half) -> Job:
         return model, means(outcome, "accuracy", "loss") | {"pairs": len(pairs)}
 
     settings = loop_settings(section, objective, recipe.seed)
-    return Job(model, objective, optimizer, settings, {"pairs": objective.fingerprint}, left_out, finish)
+    return Job(
+        model,
+        objective,
+        optimizer,
+        settings,
+        {"pairs": objective.fingerprint},
+        left_out,
+        finish,
+        ("accuracy",),
+    )
 
 
 def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint) -> Job:
@@ -191,7 +201,9 @@ def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint) -> Job:
         return model.policy, means(outcome, *kept)
 
     settings = loop_settings(section, objective, recipe.seed)
-    return Job(model, objective, optimizer, settings, {"prompts": objective.fingerprint}, left_out, finish)
+    shown = ("reward", "kl_child_parent", "stop_rate")
+    data = {"prompts": objective.fingerprint}
+    return Job(model, objective, optimizer, settings, data, left_out, finish, shown)
 
 
 def means(outcome: Outcome, *names: str) -> dict[str, Any]:

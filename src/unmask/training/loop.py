@@ -101,8 +101,11 @@ def train(
     directory: Path,
     progress: Progress,
     title: str,
+    shown: Sequence[str] = (),
 ) -> Outcome:
     """Train to the end, from the newest snapshot in `directory` if any; leave the masters in the model.
+
+    `shown` are the objective's metrics that stand beside the progress bar; all of them go to metrics.jsonl.
 
     On SIGINT or SIGTERM the loop goes on to the next step where it may pause, saves, and raises Interrupted;
     the same call then goes on from there, and ends as if it had never stopped, bit for bit on a CPU. A step
@@ -138,7 +141,7 @@ def train(
                 state.peak_bytes = max(state.peak_bytes, peak_memory(device))
                 append_lines(place.metrics, [_metrics_line(state, result, scale)])
                 bar.total = state.tokens + (objective.steps - state.step) * objective.tokens_per_step
-                bar.advance(result.tokens, loss=result.loss, **result.metrics)
+                bar.advance(result.tokens, loss=result.loss, **{name: result.metrics[name] for name in shown})
                 if state.skipped_in_a_row == _HOPELESS:
                     raise UserError(_why_hopeless(title, state, result))
 
