@@ -6,16 +6,18 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
-from small_models import CONTEXT, CPU, STOP, VOCABULARY, answer, decoder, scorer
+from numpy.typing import NDArray
+from small_models import CONTEXT, CPU, END_OF_TEXT, STOP, VOCABULARY, answer, decoder, scorer
 from torch import Tensor
 
 from unmask.errors import Interrupted, UserError
 from unmask.progress import Progress
-from unmask.stages import ppo
+from unmask.stages import ppo, pretrain
 from unmask.stages.ppo import PPO, ActorCritic, PPOSettings
 from unmask.stages.rollouts import Prompts, Reward, Rollout, Source, actions
 from unmask.training import loop
@@ -38,7 +40,11 @@ Stage = tuple[ActorCritic, PPO, Optimizer]
 
 
 def begin(
-    reward: Reward | None = None, lr: float = 1e-3, say: Callable[[str], None] = print, **changes: Any
+    reward: Reward | None = None,
+    lr: float = 1e-3,
+    say: Callable[[str], None] = print,
+    text: ppo.RawText | None = None,
+    **changes: Any,
 ) -> Stage:
     """The stage from fresh models; a `reward` that is given judges in the reward model's place."""
     model, objective, optimizer = ppo.stage(
@@ -51,6 +57,7 @@ def begin(
         critic_lr=3 * lr,
         dtype=torch.float32,
         seed=5,
+        text=text,
         say=say,
     )
     if reward is not None:
@@ -144,6 +151,50 @@ def test_micro_batches_of_any_size_make_the_same_step() -> None:
     assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
     for name in one.metrics:
         assert one.metrics[name] == pytest.approx(other.metrics[name], abs=1e-4), name
+
+
+def test_the_loss_is_policy_plus_weighted_value_loss_and_both_networks_learn() -> None:
+    model, objective, optimizer = begin(value_weight=0.3)
+    before = [p.clone() for p in (model.policy.head, model.critic.score.weight)]
+    result = loop.train_step(objective, optimizer, 0, 1.0, 1.0)
+    numbers = result.metrics
+    assert numbers["value_loss"] > 0
+    assert result.loss == pytest.approx(numbers["policy_loss"] + 0.3 * numbers["value_loss"], abs=1e-6)
+    for old, new in zip(before, (model.policy.head, model.critic.score.weight), strict=True):
+        assert not torch.equal(old, new)
+
+
+class Shards:
+    """Rows of a made-up text, as pretraining reads them."""
+
+    fingerprint = "made up"
+
+    def rows(self, length: int) -> int:
+        return 10
+
+    def row(self, i: int, length: int) -> NDArray[np.int64]:
+        return np.arange(i, i + length + 1) % (VOCABULARY - 4) + 4
+
+
+def test_raw_text_takes_part_with_its_weight_and_its_own_denominator() -> None:
+    text = ppo.RawText([pretrain.Source("raw", cast(Any, Shards()), 1.0)], 3, 12, END_OF_TEXT)
+    with_text, without = begin(text=text, ptx=2.0, micro_tokens=24), begin(micro_tokens=24)
+    [mixed, plain] = [loop.train_step(o, optimizer, 0, 1.0, 1.0) for _, o, optimizer in (with_text, without)]
+    assert sum(isinstance(batch, Tensor) for batch in with_text[1].micro_batches(0)) == 2
+    rows = torch.cat([b for b in with_text[1].micro_batches(0) if isinstance(b, Tensor)])
+    logits = decoder(1)(rows[:, :-1])
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
+    assert mixed.metrics["text_loss"] == pytest.approx(expected, rel=1e-4)
+    assert mixed.loss == pytest.approx(plain.loss + 2 * expected, rel=1e-4)
+    assert mixed.tokens == plain.tokens + 3 * 12
+    assert (
+        with_text[1].fingerprint != begin(ptx=2.0, micro_tokens=24, text=text._replace(rows=4))[1].fingerprint
+    )
+
+
+def test_a_weight_for_raw_text_without_text_is_an_error() -> None:
+    with pytest.raises(UserError, match="no raw text"):
+        begin(ptx=1.0)
 
 
 def test_each_epoch_goes_over_every_answer_once_in_another_order() -> None:

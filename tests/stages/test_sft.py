@@ -65,6 +65,21 @@ def test_a_packed_row_has_the_loss_of_each_conversation_alone() -> None:
     torch.testing.assert_close(loss, alone.mean(), atol=1e-5, rtol=1e-5)
 
 
+def test_positions_begin_anew_with_each_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary positions are relative, so the loss does not tell: look at what the model is given."""
+    model, seen = decoder(0), list[Tensor]()
+    hidden = model.hidden
+
+    def spy(ids_BT: Tensor, **where: Tensor) -> Tensor:
+        seen.append(where["positions_BT"])
+        return hidden(ids_BT, **where)
+
+    monkeypatch.setattr(model, "hidden", spy)
+    example = chat([10, 11], [12])
+    whole_step(imitation(model, Source("two", [example, example], 1.0), batch_rows=1), 0)
+    assert seen[0].tolist() == [[0, 1, 2, 0, 1, 2]]
+
+
 def test_only_what_the_assistant_says_and_its_stop_are_learned() -> None:
     example = chat([10, 11, 12], [20, 21])
     made = imitation(decoder(0), Source("one", [example], 1.0), batch_rows=1)

@@ -71,9 +71,10 @@ def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     The caller hands over a whole rollout, never a micro-batch, so that the result does not depend on how
     the batch is split. Deviation from OpenAI's and TRL's: the variance divides by n, not n − 1.
     """
-    chosen = x[mask].double()
+    x = x.float()
+    chosen = x[mask]
     mean, variance = chosen.mean(), chosen.var(unbiased=False)
-    return torch.where(mask, (x.double() - mean) / (variance + eps).sqrt(), 0.0).float()
+    return torch.where(mask, (x - mean) / (variance + eps).sqrt(), 0.0)
 
 
 def clipped_policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> Tensor:

@@ -159,8 +159,7 @@ def stage(
     batch_pairs = max(1, round(batch_tokens * len(pairs) / whole))
     batches = -(-len(pairs) // batch_pairs)
     steps = min(max(1, round(tokens * batches / whole)), epochs * batches)
-    model = Scorer.from_decoder(parent, torch.Generator().manual_seed(seed))
-    model.to(parent.head.device)
+    model = Scorer.from_decoder(parent, torch.Generator(parent.head.device).manual_seed(seed))
     objective = Preference(
         model, pairs, steps=steps, batch_pairs=batch_pairs, micro_tokens=micro_tokens, seed=seed
     )
