@@ -36,6 +36,10 @@ def test_dots_stand_at_their_values_and_series_below_one_another() -> None:
     (a, b), (c, _) = sorted(points)[:2], sorted(points)[2]
     assert (b[0] - a[0]) / (c - a[0]) == pytest.approx((0.5 - 0.2) / (0.7 - 0.2), abs=1e-3)
     assert b[1] > a[1]
+    lengths = [
+        float(x2) for x2 in re.findall(r'<line[^>]*?transform="[^"]*" x2="([\d.]+)" y2="0"', figure.svg)
+    ]
+    assert max(lengths) / (c - a[0]) == pytest.approx((0.9 - 0.4) / (0.7 - 0.2), abs=1e-3)
     rules = translations(figure.svg, "rule")
     assert sorted(x for x, _ in rules)[0] == pytest.approx(a[0] - (b[0] - a[0]) / 3, abs=0.1)
 
