@@ -36,7 +36,7 @@ def test_hashes_are_sha256_of_the_bytes(tmp_path: Path) -> None:
     assert files.sha256_file(tmp_path / "file") == expected
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.text(), json_values))
 def test_canonical_json_is_read_back_and_does_not_depend_on_the_order_of_keys(value: dict[str, Any]) -> None:
     text = files.canonical_json(value)
@@ -94,6 +94,7 @@ def test_an_existing_directory_is_never_replaced(tmp_path: Path, when: str) -> N
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which file a descriptor is")
 def test_every_file_reaches_the_disk_before_the_directory_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

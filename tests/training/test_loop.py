@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,9 @@ def assert_same_training(a: tuple[Path, Optimizer], b: tuple[Path, Optimizer]) -
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
     assert series(a[0]) == series(b[0])
+
+
+RARE = replace(SETTINGS, snapshot_seconds=1e9)
 
 
 # A step
@@ -108,7 +112,7 @@ def test_training_learns(tmp_path: Path) -> None:
         def rows(self, step: int) -> tuple[Tensor, Tensor]:
             return super().rows(0)
 
-    run(tmp_path, Same(Net(), steps=40), replace(SETTINGS, snapshot_seconds=1e9))
+    run(tmp_path, Same(Net(), steps=40), RARE)
     lines = read_json_lines(tmp_path / "metrics.jsonl")
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
 
@@ -219,17 +223,16 @@ def test_stopping_and_resuming_equals_never_stopping_bit_for_bit(
     tmp_path: Path, which: int, rates: OptimizerSettings
 ) -> None:
     unbroken = run(tmp_path / "a", Toy(Net(dropout=0.1), steps=8, draws=True), rates=rates)
-    rare = replace(SETTINGS, snapshot_seconds=1e9)
     first = Signalled(Net(dropout=0.1), steps=8, draws=True)
     first.at, first.which = 3, which
     with pytest.raises(Interrupted, match="after step 4 of 8"):
-        run(tmp_path / "b", first, rare, rates)
+        run(tmp_path / "b", first, RARE, rates)
     assert len(series(tmp_path / "b")) == 4
 
     torch.manual_seed(99)  # the generators stand elsewhere in the new process
     random.seed(99)
     second = Toy(Net(dropout=0.1), steps=8, draws=True)
-    outcome, optimizer = run(tmp_path / "b", second, rare, rates)
+    outcome, optimizer = run(tmp_path / "b", second, RARE, rates)
     assert second.seen == [4, 5, 6, 7]
     assert_same_training((tmp_path / "b", optimizer), (tmp_path / "a", unbroken[1]))
     assert outcome.tokens == unbroken[0].tokens
@@ -304,6 +307,22 @@ def test_no_steps_is_an_error() -> None:
 # Faults
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which file a descriptor is")
+def test_the_metrics_reach_the_disk_before_the_snapshot_that_counts_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    run(tmp_path, Toy(Net(), steps=1))
+    assert synced.index("metrics.jsonl") < synced.index("manifest.json")
+
+
 @contextmanager
 def full_disk(after: int) -> Iterator[None]:
     """No file may grow beyond so many bytes: the system's own way to refuse a write."""
@@ -352,7 +371,7 @@ def test_a_flipped_byte_in_the_newest_snapshot_sends_it_back_to_the_one_before(
     assert_same_training((tmp_path / "b", optimizer), (tmp_path / "a", unbroken))
 
 
-STEPS = 60
+STEPS = 40
 PROCESSES = multiprocessing.get_context(
     "forkserver"
 )  # imports torch once, has no threads to lose when it forks
@@ -371,7 +390,7 @@ def start(directory: Path) -> BaseProcess:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Optimizer]:
     directory = tmp_path_factory.mktemp("unbroken")
-    _, optimizer = run(directory, random_toy(STEPS), replace(SETTINGS, snapshot_seconds=1e9))
+    _, optimizer = run(directory, random_toy(STEPS), RARE)
     return directory, optimizer
 
 
@@ -385,7 +404,7 @@ def test_a_process_stopped_by_sigterm_saves_and_another_goes_on_as_if_nothing_ha
     stopped_at = len(series(tmp_path))
     assert 0 < stopped_at < STEPS
     toy = random_toy(STEPS)
-    _, optimizer = run(tmp_path, toy)
+    _, optimizer = run(tmp_path, toy, RARE)
     assert toy.seen[0] == stopped_at
     assert_same_training((tmp_path, optimizer), unbroken)
 
@@ -393,17 +412,18 @@ def test_a_process_stopped_by_sigterm_saves_and_another_goes_on_as_if_nothing_ha
 def test_kill_9_at_any_moment_loses_at_most_what_followed_the_last_snapshot(
     tmp_path: Path, unbroken: tuple[Path, Optimizer]
 ) -> None:
-    """Killed twice while a snapshot is half written, and four times at random; it saves at every step."""
+    """Killed twice while a snapshot is half written, and twice at random; it saves at every step."""
     saved = 0
-    for moment in ("half written", "random") * 2 + ("random",) * 2:
+    for moment in ("half written", "random") * 2:
         process = start(tmp_path)
-        deadline = time.monotonic() + (20 if moment == "half written" else random.uniform(0, 0.2))
-        while time.monotonic() < deadline:
-            if moment == "half written" and list((tmp_path / "snapshots").glob(".step_*.tmp-*")):
-                break
+        mark = f".step_*.tmp-{process.pid}-*" if moment == "half written" else f"step_{saved + 1:08d}"
+        while process.is_alive() and not list((tmp_path / "snapshots").glob(mark)):
+            time.sleep(0.0005)
+        if moment == "random":
+            time.sleep(random.uniform(0, 0.1))
         process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL
+        assert process.exitcode in (-signal.SIGKILL, 0)  # 0: it was faster than we
         found = snapshot.latest(tmp_path / "snapshots", say=pytest.fail)
         step = found.step if found else 0
         done = (tmp_path / "metrics.jsonl").read_text().count("\n")
@@ -411,7 +431,7 @@ def test_kill_9_at_any_moment_loses_at_most_what_followed_the_last_snapshot(
         assert done - step <= 1, "only the step that was being saved is lost"
         saved = step
     toy = random_toy(STEPS)
-    _, optimizer = run(tmp_path, toy)
+    _, optimizer = run(tmp_path, toy, RARE)
     assert toy.seen[0] == saved
     assert_same_training((tmp_path, optimizer), unbroken)
     assert not list((tmp_path / "snapshots").glob(".*")), (

@@ -1,7 +1,7 @@
 """The learning-rate schedule."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.training.schedule import lr_scale
@@ -14,6 +14,7 @@ def test_it_rises_stays_and_falls_linearly() -> None:
     assert at == pytest.approx([0, 0.5, 1, 1, 1, 0.55, 0.1])
 
 
+@settings(deadline=None)
 @given(done=amounts, total=amounts, warmup=amounts, decay=amounts, floor=st.floats(0, 1))
 def test_it_stays_between_zero_and_one(
     done: float, total: float, warmup: float, decay: float, floor: float
@@ -21,6 +22,7 @@ def test_it_stays_between_zero_and_one(
     assert 0 <= lr_scale(done, total, warmup, decay, floor) <= 1
 
 
+@settings(deadline=None)
 @given(done=st.floats(0, 50), longer=st.floats(0, 1000))
 def test_before_the_decay_the_length_of_the_training_does_not_matter(done: float, longer: float) -> None:
     """So a checkpoint of the stable phase can be branched into trainings of any length."""
