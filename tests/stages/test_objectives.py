@@ -199,3 +199,22 @@ def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant_
     assert objectives.explained_variance(constant, returns, mask).item() == pytest.approx(0, abs=1e-6)
     assert objectives.explained_variance(-returns, returns, mask) < 0
     assert objectives.explained_variance(returns, torch.ones(4), mask) == 0
+
+
+def test_a_score_at_a_length_is_read_off_the_line_through_all_scores() -> None:
+    lengths = torch.tensor([2.0, 4.0, 9.0])
+    assert objectives.at_length(3 * lengths - 1, lengths, 10.0) == pytest.approx(29.0)
+
+
+def test_longer_answers_alone_do_not_raise_the_score_at_a_length() -> None:
+    lengths = torch.tensor([2.0, 4.0, 9.0])
+    short, long = lengths, lengths + 20
+    assert objectives.at_length(0.1 * long, long, 5.0) == pytest.approx(
+        objectives.at_length(0.1 * short, short, 5.0)
+    )
+
+
+def test_without_a_spread_of_lengths_the_mean_is_taken_and_without_answers_nothing() -> None:
+    same = torch.full((3,), 4.0)
+    assert objectives.at_length(torch.tensor([1.0, 2.0, 6.0]), same, 9.0) == 3.0
+    assert math.isnan(objectives.at_length(torch.empty(0), torch.empty(0), 9.0))

@@ -12,7 +12,8 @@ from torch import nn
 from unmask.errors import UserError
 from unmask.files import write_atomic
 from unmask.lineage import Checkpoint, write_checkpoint
-from unmask.model.config import ModelConfig
+from unmask.model.decoder import Decoder
+from unmask.model.scorer import Scorer
 from unmask.pipeline import jobs
 from unmask.pipeline.jobs import Job, Place
 from unmask.progress import Progress
@@ -60,7 +61,12 @@ class Builder:
         if self.recipe.reward.gold:
             gold = self._stage("gold", "reward", mask, lambda: jobs.preference(place, mask, "gold"), prepared)
         nudge = self._stage(
-            "rl", "ppo", mask, lambda: jobs.reinforcement(place, mask, judge), prepared, {"reward": judge}
+            "rl",
+            "ppo",
+            mask,
+            lambda: jobs.reinforcement(place, mask, judge, gold),
+            prepared,
+            {"reward": judge},
         )
         return Built(base, mask, judge, gold, nudge)
 
@@ -159,7 +165,7 @@ class Builder:
             seed=self.recipe.seed,
             steps=outcome.steps,
             tokens=outcome.tokens,
-            flops=training_flops(model, outcome.tokens, self.recipe.context),
+            flops=training_flops(stage.model, outcome.tokens, self.recipe.context),
             seconds=outcome.seconds,
             peak_bytes=outcome.peak_bytes,
             metrics=metrics | {"skipped_steps": outcome.skipped_steps, "left_out": stage.left_out},
@@ -190,16 +196,19 @@ class Builder:
 
 
 def training_flops(model: nn.Module, tokens: int, length: int) -> float:
-    """6 for each weight a token is multiplied with (head in, embedding out), plus 6·L·d·T of causal attention."""
-    config = model.config
-    assert isinstance(config, ModelConfig)
-    matrices = sum(
-        p.numel() for p in model.parameters() if p.ndim == 2
-    )  # a tied embedding counts once, as head
-    if config.is_scorer or not config.tie_word_embeddings:
-        matrices -= config.vocab_size * config.hidden_size
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    return 6.0 * tokens * (matrices + attention)
+    """Of every network in `model` for `tokens` read forward and backward: 6 for each weight a token is multiplied with
+    (head in, embedding out), plus 6·L·d·T of causal attention. What PPO only reads forward (answers, reference, reward)
+    is not counted."""
+    total = 0.0
+    for network in model.modules():
+        if isinstance(network, Decoder | Scorer):
+            config = network.config
+            matrices = sum(p.numel() for p in network.parameters() if p.ndim == 2)  # tied: once, as the head
+            if config.is_scorer or not config.tie_word_embeddings:
+                matrices -= config.vocab_size * config.hidden_size
+            attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+            total += 6.0 * tokens * (matrices + attention)
+    return total
 
 
 def _stage_of(name: str) -> str:

@@ -164,7 +164,7 @@ def preference(place: Place, parent: Checkpoint, half: examples.Half) -> Job:
     )
 
 
-def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint) -> Job:
+def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint, gold: Checkpoint | None) -> Job:
     recipe, section, tokenizer = place.recipe, place.recipe.rl, place.prepared.tokenizer
     room = min(section.prompt_tokens, recipe.context - section.answer_tokens)
     sources: list[rollouts.Source] = []
@@ -187,12 +187,13 @@ def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint) -> Job:
         place.scorer(judge),
         sources,
         ppo_settings(section),
-        stop_ids=tokenizer.stop_ids,
+        stop_ids=[tokenizer.turn_end],  # the only end that the reward model has seen
         lr=given(section.lr),
         critic_lr=given(section.critic_lr),
         dtype=place.dtype,
         seed=recipe.seed,
         text=text if section.ptx > 0 else None,
+        gold=place.scorer(gold) if gold else None,
         say=place.progress.line,
     )
 

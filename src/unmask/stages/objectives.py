@@ -107,3 +107,15 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """
     left, whole = (returns - values)[mask].var(unbiased=False), returns[mask].var(unbiased=False)
     return torch.where(whole > 0, 1 - left / whole, 0.0)
+
+
+def at_length(scores_B: Tensor, lengths_B: Tensor, length: float) -> float:
+    """The score at `length` on the least-squares line of scores over lengths; the mean where lengths do not vary.
+
+    NaN for no score at all.
+    """
+    x, y = lengths_B.double(), scores_B.double()
+    centred = x - x.mean()
+    spread = centred.square().sum()
+    slope = (centred * y).sum() / spread if spread > 0 else spread
+    return float(y.mean() + slope * (length - x.mean()))

@@ -16,6 +16,7 @@ from unmask.model.decoder import Decoder
 from unmask.model.scorer import Scorer
 from unmask.stages import objectives, pretrain
 from unmask.stages.batches import by_length
+from unmask.stages.reward import scores
 from unmask.stages.rollouts import (
     Actions,
     Prompts,
@@ -121,6 +122,7 @@ class PPO:
         stop_ids: Sequence[int],
         seed: int,
         text: pretrain.Pretraining | None = None,
+        gold: Scorer | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         if settings.minibatches > settings.answers:
@@ -129,7 +131,7 @@ class PPO:
             )
         self.model, self.reference, self.reward, self.prompts = model, reference, reward, prompts
         self.settings, self.stop_ids, self.seed = settings, stop_ids, seed
-        self.text, self.say = text, say
+        self.text, self.gold, self.say = text, gold, say
         self.pause_every = settings.epochs * settings.minibatches
         self.steps = settings.rollouts * self.pause_every
         read = settings.answers * (prompts.mean_length + settings.answer_tokens) / settings.minibatches
@@ -255,8 +257,20 @@ class PPO:
             "sampler_gap_mean": gap_N.mean().item(),
             "sampler_gap_max": gap_N.max().item(),
         }
+        if self.gold is not None:
+            numbers["gold"] = self._gold(rollout)
         white_BA = objectives.whiten(advantages_BA, mask_BA)
         return Experience(index, rollout, mask_BA, log_probs_BA, values_BA, white_BA, returns_BA, numbers)
+
+    def _gold(self, rollout: Rollout) -> float:
+        """The second judge's score of an answer of half the longest length, on the line through this rollout's
+        whole answers, so that length alone does not raise it. Never learned from. NaN without a whole answer."""
+        assert self.gold is not None
+        whole = [i for i, answer in enumerate(rollout.answers) if answer.finished]
+        texts = [[*rollout.prompts[i], *rollout.answers[i].ids] for i in whole]
+        lengths_B = torch.tensor([float(len(rollout.answers[i].ids)) for i in whole])
+        scores_B = scores(self.gold, texts, self.settings.micro_tokens)
+        return objectives.at_length(scores_B, lengths_B, self.settings.answer_tokens / 2)
 
     def _parts(self, index: int, epoch: int, rollout: Rollout) -> list[list[list[int]]]:
         """Rows of each micro-batch of each minibatch: shuffled anew each epoch, similar lengths together."""
@@ -307,19 +321,21 @@ def stage(
     dtype: torch.dtype,
     seed: int,
     text: RawText | None = None,
+    gold: Scorer | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[ActorCritic, PPO, Optimizer]:
     """Policy and critic with their objective and optimizer, ready for the loop.
 
     The policy starts as a copy of `sft`, the critic as a copy of `reward`; the two themselves, in `dtype`,
-    become the reference and the judge. Room for prompts is the context less the longest answer.
+    become the reference and the judge. `gold` is a second judge whose opinion is logged and never learned from.
+    Room for prompts is the context less the longest answer.
     """
     if lr <= 0:
         raise UserError("rl.lr must be above 0: the critic's rate is a multiple of it.")
     if settings.ptx > 0 and text is None:
         raise UserError("rl.ptx is above 0, but there is no raw text to read.")
     model = ActorCritic(copy.deepcopy(sft), copy.deepcopy(reward))
-    for frozen in (sft, reward):
+    for frozen in (sft, reward, *([gold] if gold else [])):
         frozen.requires_grad_(False).to(dtype)
     room = sft.config.max_position_embeddings - settings.answer_tokens
     optimizer = Optimizer(
@@ -348,6 +364,7 @@ def stage(
             end_of_text=text.end_of_text,
             seed=seed,
         ),
+        gold=gold,
         say=say,
     )
     return model, objective, optimizer
