@@ -379,12 +379,16 @@ PROCESSES.set_forkserver_preload(["toy"])
 
 
 def start(directory: Path) -> BaseProcess:
-    """A process that trains, and has begun."""
     process = PROCESSES.Process(target=in_a_process, args=(directory, STEPS))
     process.start()
-    while process.is_alive() and not (directory / "metrics.jsonl").exists():
-        time.sleep(0.001)
     return process
+
+
+def wait_for(directory: Path, pattern: str, process: BaseProcess) -> None:
+    """Until such a file is there; at most until the process ends, or a minute."""
+    deadline = time.monotonic() + 60
+    while process.is_alive() and not list(directory.glob(pattern)) and time.monotonic() < deadline:
+        time.sleep(0.0005)
 
 
 @pytest.fixture(scope="module")
@@ -398,8 +402,9 @@ def test_a_process_stopped_by_sigterm_saves_and_another_goes_on_as_if_nothing_ha
     tmp_path: Path, unbroken: tuple[Path, Optimizer]
 ) -> None:
     process = start(tmp_path)
+    wait_for(tmp_path, "metrics.jsonl", process)
     process.terminate()
-    process.join(30)
+    process.join(60)
     assert process.exitcode == 1  # Interrupted, which nobody catches there; -15 would be death by the signal
     stopped_at = len(series(tmp_path))
     assert 0 < stopped_at < STEPS
@@ -417,12 +422,11 @@ def test_kill_9_at_any_moment_loses_at_most_what_followed_the_last_snapshot(
     for moment in ("half written", "random") * 2:
         process = start(tmp_path)
         mark = f".step_*.tmp-{process.pid}-*" if moment == "half written" else f"step_{saved + 1:08d}"
-        while process.is_alive() and not list((tmp_path / "snapshots").glob(mark)):
-            time.sleep(0.0005)
+        wait_for(tmp_path / "snapshots", mark, process)
         if moment == "random":
             time.sleep(random.uniform(0, 0.1))
         process.kill()
-        process.join()
+        process.join(60)
         assert process.exitcode in (-signal.SIGKILL, 0)  # 0: it was faster than we
         found = snapshot.latest(tmp_path / "snapshots", say=pytest.fail)
         step = found.step if found else 0
