@@ -258,6 +258,18 @@ def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
     assert torch.equal(again.net.embed.weight, done.masters["embed.weight"])
 
 
+def test_lost_metrics_are_told_and_do_not_stop_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, Toy(Net()))
+    (tmp_path / "metrics.jsonl").unlink()
+    toy = Toy(Net())
+    optimizer = Optimizer(toy.net, RATES)
+    outcome = train(toy.net, toy, optimizer, SETTINGS, tmp_path, Progress(), "toy")
+    assert "has lost lines" in capsys.readouterr().err
+    assert outcome.metrics == {}
+
+
 def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
     class Twice(Toy):
         def micro_batches(self, step: int) -> Sequence[tuple[Tensor, Tensor]]:

@@ -88,6 +88,7 @@ class Place:
         """Remove the lines of steps after the snapshot: these steps are done again."""
         if not self.metrics.exists() or self.metrics.stat().st_size < size:
             say(f"{self.metrics} has lost lines from before the snapshot; training goes on without them")
+            self.metrics.touch()
             return
         with self.metrics.open("r+b") as file:
             file.truncate(size)
