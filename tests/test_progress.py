@@ -115,6 +115,8 @@ def test_slow_work_gets_a_line_every_15_seconds_and_fast_work_not_more_than_one_
 def test_lines_have_markup_and_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     Progress().line("[bold]held-out[/bold] text")
     assert capsys.readouterr().err == "held-out text\n"
+    Progress().line("word " * 40)
+    assert capsys.readouterr().err.count("\n") == 1
     quiet = Progress(quiet=True)
     quiet.line("text")
     with quiet.bar("base", 10) as bar:

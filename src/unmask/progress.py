@@ -32,7 +32,7 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Print one line (rich markup), above a bar if one is running."""
-        self._console.print(text)
+        self._console.print(text, soft_wrap=not self._console.is_terminal)  # a log is not to be broken
 
     @contextmanager
     def bar(self, title: str, total: int, unit: str = "tok", done: int = 0) -> Iterator["Bar"]:
