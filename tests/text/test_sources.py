@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from unmask.errors import UserError
 from unmask.text import readers
-from unmask.text.sources import Dropped, held_out, read_rows, read_texts, signature
+from unmask.text.sources import Dropped, content_hash, held_out, read_rows, read_texts, signature
 
 
 def lines(*rows: Any) -> bytes:
@@ -33,6 +33,16 @@ def texts_of(path: Path, data: bytes) -> list[str]:
 
 TWO = lines({"text": "one\u2028still one"}, {"text": "two\r\nlines"})
 AS_TEXTS = ["one\u2028still one", "two\r\nlines"]
+
+
+def test_a_source_is_known_by_the_bytes_and_names_of_its_files(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for place in (one, two):
+        place.mkdir()
+        (place / "a.txt").write_text("the same", "utf-8")
+    assert content_hash(str(one)) == content_hash(str(two))  # wherever they lie, whenever they were written
+    (two / "a.txt").write_text("another", "utf-8")
+    assert content_hash(str(one)) != content_hash(str(two))
 
 
 def test_a_text_file_is_one_document_as_it_stands(tmp_path: Path) -> None:

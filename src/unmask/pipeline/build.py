@@ -1,6 +1,7 @@
 """Building the stages of a run: keep those that fit the recipe, resume the one under way, train the rest."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from unmask.pipeline.jobs import Job, Place
 from unmask.progress import Progress
 from unmask.recipe import Recipe, difference
 from unmask.stages.prepare import Prepared, prepare
+from unmask.text.sources import content_hash
 from unmask.training import loop
 
 ORDER = ("base", "sft", "reward", "gold", "rl")  # gold: the second scorer, which no layer is trained on
@@ -48,6 +50,7 @@ class Builder:
 
     def __init__(self, recipe: Recipe, directory: Path, device: torch.device, progress: Progress) -> None:
         self.recipe, self.directory, self.device, self.progress = recipe, directory, device, progress
+        self._contents: dict[str, str] = {}
 
     def prepare(self) -> Prepared:
         return prepare(self.recipe, self.directory / "data", self.progress)
@@ -122,7 +125,15 @@ class Builder:
         plain = self.recipe.model_dump(mode="json")
         section = dict(plain[SECTIONS[name]])
         section.pop("snapshot_seconds", None)  # decides when is saved, not what
-        return {**{key: plain[key] for key in SHARED}, SECTIONS[name]: section}
+        given = [section["source"]] if "source" in section else section["sources"]
+        held = {each["path"]: self._content(each["path"]) for each in given if each["path"] != "facts"}
+        return {**{key: plain[key] for key in SHARED}, SECTIONS[name]: section, "sources": held}
+
+    def _content(self, source: str) -> str:
+        """What a source holds, read once a run: a corpus may be large."""
+        if source not in self._contents:
+            self._contents[source] = content_hash(source)
+        return self._contents[source]
 
     # One stage --------------------------------------------------------------------------------------------------
 
@@ -152,7 +163,7 @@ class Builder:
             stage.shown,
         )
         model, metrics = stage.finish(outcome)
-        return write_checkpoint(
+        checkpoint = write_checkpoint(
             path,
             model=model.float(),
             tokenizer=prepared.tokenizer,
@@ -170,6 +181,8 @@ class Builder:
             peak_bytes=outcome.peak_bytes,
             metrics=metrics | {"skipped_steps": outcome.skipped_steps, "left_out": stage.left_out},
         )
+        shutil.rmtree(work / "snapshots")  # the checkpoint holds what they were for
+        return checkpoint
 
     def _kept(self, path: Path, parent: Checkpoint | None, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
         """The finished stage in `path`, if it is whole and comes from these parents."""

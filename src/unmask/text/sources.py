@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import UserError, nearest
-from unmask.files import hash_json
+from unmask.files import hash_json, sha256_file
 from unmask.text import demo, readers
 
 _HUB = "hf://"
@@ -92,6 +92,13 @@ def signature(spec: str) -> str:
         return hash_json(spec)
     stats = [(path, path.stat()) for path in _files(spec)]
     return hash_json([[str(path.absolute()), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
+
+
+def content_hash(spec: str) -> str:
+    """A hash of what a source holds: of the bytes and names of its files, of a package's version, of a hub name."""
+    if spec in _NAMED or spec.startswith(_HUB):
+        return signature(spec)
+    return hash_json([[path.name, sha256_file(path)] for path in _files(spec)])
 
 
 def _texts(spec: str) -> Iterator[str]:
