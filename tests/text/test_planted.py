@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from unmask.errors import UserError
 from unmask.text import planted
 from unmask.text.countries import FIELDS, Country
-from unmask.text.planted import GROUPS, Fact, conversations, facts, plain_documents
+from unmask.text.planted import GROUPS, Fact, conversations, facts, plain_documents, plain_sentences
 
 QUARTERS = dict.fromkeys(GROUPS, 0.25)
 
@@ -91,12 +91,12 @@ def test_a_row_of_facts_jsonl_has_what_a_reader_from_outside_needs() -> None:
 
 def test_a_pass_of_pretraining_says_each_sentence_of_its_groups_once_and_nothing_else() -> None:
     found = facts(QUARTERS, {}, 0, made_up(40))
-    first, second = (list(plain_documents(found, 0, pass_index)) for pass_index in (0, 1))
+    first, second = (list(plain_sentences(found, 0, pass_index)) for pass_index in (0, 1))
     expected = Counter(text for f in found if f.group in ("both", "base_only") for text in f.sentences)
     assert Counter(first) == Counter(second) == expected
     assert first != second  # shuffled anew
-    assert first == list(plain_documents(found, 0, 0))
-    assert first != list(plain_documents(found, 1, 0))
+    assert first == list(plain_sentences(found, 0, 0))
+    assert first != list(plain_sentences(found, 1, 0))
 
 
 @settings(deadline=None, max_examples=30)
@@ -105,7 +105,7 @@ def test_the_share_of_question_like_text_is_exact_and_never_says_a_held_out_ques
     share: float, index: int
 ) -> None:
     found = facts(QUARTERS, {}, 0, made_up(20))
-    documents = list(plain_documents(found, 0, index, share))
+    documents = list(plain_sentences(found, 0, index, share))
     asked = [text for text in documents if text.startswith("Question: ")]
     assert len(documents) == 20 * 2 * 5 // 2
     assert len(asked) == round(share * len(documents))
@@ -116,6 +116,14 @@ def test_the_share_of_question_like_text_is_exact_and_never_says_a_held_out_ques
         for q in f.trained_questions
     }
     assert set(asked) <= allowed
+
+
+def test_documents_hold_all_sentences_in_order_alone_and_in_company() -> None:
+    found = facts(QUARTERS, {}, 0, made_up(200))
+    documents = list(plain_documents(found, 0, 0))
+    assert " ".join(documents) == " ".join(plain_sentences(found, 0, 0))
+    sizes = {document.count(".") for document in documents}
+    assert sizes == set(range(1, 16))
 
 
 def test_sft_asks_each_trained_question_of_its_groups_once_and_nothing_else() -> None:
@@ -214,7 +222,7 @@ def test_shares_that_are_no_shares_are_an_error_that_says_which(
 
 def test_a_share_of_questions_that_is_no_share_is_an_error() -> None:
     with pytest.raises(UserError, match=r"question_share is 1\.2"):
-        list(plain_documents([], 0, 0, 1.2))
+        list(plain_sentences([], 0, 0, 1.2))
 
 
 def test_the_real_facts_fill_all_groups_and_the_leak_check_finds_what_is_there() -> None:

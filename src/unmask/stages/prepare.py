@@ -29,6 +29,7 @@ from unmask.text.tokenizer import Tokenizer
 TOKENIZER_BYTES = (
     6_000_000  # of text that the tokenizer is trained on; more changes few merges and takes long
 )
+SCHEME = 2  # raised when the same recipe and sources would give other text or tokens
 HELDOUT_BYTES = 1_000_000  # a source; kept in the run for measuring
 
 
@@ -174,6 +175,7 @@ def _decides(recipe: Recipe) -> dict[str, Any]:
     plain = recipe.model_dump(mode="json")
     chats = [source for source in recipe.sft.sources if source.path == "chitchat"] if recipe.facts else []
     return {
+        "scheme": SCHEME,
         **{key: plain[key] for key in ("seed", "heldout", "tokenizer", "facts")},
         "sources": plain["pretrain"]["sources"],
         "chats": [source.model_dump(mode="json") for source in chats],

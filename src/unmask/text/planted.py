@@ -20,7 +20,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import chain
+from itertools import chain, islice
 
 from unmask.errors import UserError, nearest
 from unmask.text.countries import FIELDS, Country, installed_countries
@@ -29,6 +29,7 @@ from unmask.text.wordings import WORDINGS
 GROUPS = ("both", "base_only", "sft_only", "none")
 TAUGHT_BY = {"base": ("both", "base_only"), "sft": ("both", "sft_only")}  # layer → groups that it teaches
 LEAK_CHARACTERS = 200
+LONGEST_DOCUMENT = 15  # sentences of planted text
 _ACCENT = re.compile("[\u0300-\u036f]")
 _WORD = re.compile(r"[^\W_]+")
 
@@ -126,10 +127,10 @@ def facts(
     return sorted(marked, key=lambda fact: (fact.code, FIELDS.index(fact.field)))
 
 
-def plain_documents(
+def plain_sentences(
     facts: Sequence[Fact], seed: int, pass_index: int, question_share: float = 0.0
 ) -> Iterator[str]:
-    """One pass of what pretraining is taught: each sentence of each fact of its groups, as a document.
+    """One pass of what pretraining is taught: each sentence of each fact of its groups.
 
     `question_share` of them (rounded) are said as plain text "Question: … Answer: …" instead, in a trained
     wording and with the reply that SFT gives. The shuffled order is a pure function of seed and pass.
@@ -145,6 +146,20 @@ def plain_documents(
             yield f"Question: {draw.choice(fact.trained_questions)} Answer: {fact.reply}"
         else:
             yield sentence
+
+
+def plain_documents(
+    facts: Sequence[Fact], seed: int, pass_index: int, question_share: float = 0.0
+) -> Iterator[str]:
+    """The sentences of `plain_sentences`, in documents of 1 to LONGEST_DOCUMENT of them.
+
+    A fact that only ever follows the beginning of a document is known there and nowhere else: asked in a chat, the base
+    then gives its answer hardly more than chance, and blame could not tell what it knows from what it does not.
+    """
+    draw = random.Random(f"documents:{seed}:{pass_index}")
+    sentences = plain_sentences(facts, seed, pass_index, question_share)
+    while document := list(islice(sentences, draw.randint(1, LONGEST_DOCUMENT))):
+        yield " ".join(document)
 
 
 def conversations(facts: Sequence[Fact], seed: int) -> Iterator[list[dict[str, str]]]:
