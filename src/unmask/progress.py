@@ -12,6 +12,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+# For str.translate: a model may say the bytes that clear a screen.
+UNPRINTABLE = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}, "�")
+
 _WIDTH = 16  # cells of the bar
 _WINDOW = 30.0  # seconds that the rate looks back
 _PLAIN_SECONDS = 15.0  # without a terminal: a line each 15 s, or each tenth of the work, but …

@@ -90,8 +90,11 @@ class RewardSection(Training):
 
     source: Source
     apart: float = Field(default=3.0, gt=0)  # points between the ratings of a pair
-    window_turns: int = Field(default=4, ge=2)
-    equal_length: float | None = Field(default=0.1, gt=0)  # relative; pairs for the gold scorer always use it
+    window_turns: int = Field(default=4, ge=2, multiple_of=2)  # user first, assistant last
+    equal_length: float | None = Field(
+        default=None, gt=0
+    )  # relative; the gold scorer's pairs are always of equal length
+    most_pairs: int = Field(default=20_000, ge=1)  # of all that qualify, drawn by the seed
     gold: bool = True  # train the second scorer on the disjoint half
 
 

@@ -147,3 +147,11 @@ def test_a_run_without_a_group_has_no_figure_for_it_and_does_not_fail(lineage, f
     some = [fact for fact in facts if fact.group != "base_only"]
     found = blame_truth(lineage[0], lineage[1], some, limit=3, floor_limit=2)
     assert {f.group for f in found if f.metric == "blame_auc"} == {"sft_only_vs_both", "shuffled"}
+
+
+def test_a_layer_that_changed_nothing_cannot_be_told_from_chance(lineage, facts):
+    same = blame_truth(lineage[0], lineage[0], facts, limit=None, floor_limit=4)
+    for group in ("sft_only_vs_both", "sft_only_vs_base_only"):
+        finding = pick(same, "blame_auc", group)
+        assert finding.value == 0.5
+        assert finding.verdict.startswith("not distinguishable")

@@ -183,3 +183,10 @@ def test_missing_scikit_learn_is_said_with_the_way_to_get_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
     with pytest.raises(UserError, match=r"unmask\[demo\]"):
         module.words_baseline([("a", 1.0)])
+
+
+def test_a_pair_weighs_the_product_of_how_often_its_conversations_were_drawn():
+    pairs = [module.Compared([], [], *ends) for ends in (("a", "b"), ("a", "c"), ("d", "d"))]
+    # Conversations are numbered as they come: a, d, b, c. One that is both sides of a pair counts once.
+    drawn = np.array([[2.0, 3.0, 5.0, 7.0]])
+    assert module.Redraw(pairs, seed=0).weights(drawn).tolist() == [[10.0, 14.0, 3.0]]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from unmask.progress import Progress
+from unmask.progress import Progress, console
 
 
 def run(
@@ -31,15 +31,17 @@ def run(
     Run it again to go on where it stopped. Ctrl-C saves first.
     """
     from unmask.pipeline import run as run_recipe
+    from unmask.pipeline.show import closing
     from unmask.recipe import load, resolve
 
-    run_recipe(
+    directory = run_recipe(
         resolve(load(recipe, set_ or ())),
         output=output,
         restart_from=from_,
         device=device,
         progress=Progress(quiet),
     )
+    console().print(closing(directory), soft_wrap=False)
 
 
 def report(run: Annotated[Path, typer.Argument(help="The directory of a run, as runs/tiny.")]) -> None:

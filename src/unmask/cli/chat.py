@@ -18,6 +18,7 @@ from unmask.errors import UserError
 from unmask.generation.engine import stream
 from unmask.lineage import Layer
 from unmask.probes.forward import prompt_ids
+from unmask.progress import UNPRINTABLE
 from unmask.progress import console as result_console
 from unmask.text.chat import Message
 
@@ -41,9 +42,6 @@ def pieces(ids: Iterable[int], token_bytes: Sequence[bytes]) -> Iterator[str]:
     for id in ids:
         yield decoder.decode(token_bytes[id] if id < len(token_bytes) else b"").translate(UNPRINTABLE)
     yield decoder.decode(b"", final=True).translate(UNPRINTABLE)
-
-
-UNPRINTABLE = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}, "�")
 
 
 def chat(

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from unmask.colours import layer_colour
 from unmask.errors import UserError
-from unmask.progress import console, duration
+from unmask.progress import UNPRINTABLE, console, duration
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Models = Annotated[
@@ -157,7 +157,7 @@ def _print_blame(found: dict[str, Any]) -> None:
     line = Text()
     for token in found["tokens"]:
         colour = layer_colour(places.get(token["layer"], -1))
-        line.append(token["text"], style=colour.terminal)
+        line.append(token["text"].translate(UNPRINTABLE), style=colour.terminal)
         line.append(colour.mark, style=f"{colour.terminal} dim")
     out.print(line)
     out.print("  ".join(f"[{layer_colour(i).terminal}]{layer_colour(i).mark} {name}[/]" for name, i in places.items())

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,13 @@ from unmask.pipeline import jobs
 from unmask.pipeline.jobs import Job, Place
 from unmask.progress import Progress
 from unmask.recipe import Recipe, difference
-from unmask.stages.prepare import Prepared, prepare
+from unmask.stages.prepare import SCHEME, Prepared, prepare
 from unmask.text.sources import content_hash
 from unmask.training import loop
 
 ORDER = ("base", "sft", "reward", "gold", "rl")  # gold: the second scorer, which no layer is trained on
 SECTIONS = {"base": "pretrain", "sft": "sft", "reward": "reward", "gold": "reward", "rl": "rl"}
+MEASURED = ("summary.json", "findings.jsonl", "blame.json", "report.html")  # they speak of the old stages
 SHARED = ("seed", "depth", "context", "heldout", "tokenizer", "facts")
 
 
@@ -86,7 +88,7 @@ class Builder:
             if (found := self._begun(name)) is not None and (key := difference(found, self._decides(name))):
                 raise UserError(
                     f"{self.directory / name} was made with another recipe: {key}. Run with the old value, "
-                    f"give --output another directory, or or build anew with"
+                    f"give --output another directory, or build anew with"
                     f" --from {_stage_of(name)} (nothing is deleted)."
                 )
 
@@ -101,6 +103,7 @@ class Builder:
         ]
         if not found:
             return
+        found += [self.directory / name for name in MEASURED if (self.directory / name).exists()]
         aside = self.directory / "set-aside"
         number = 1 + max((int(path.name) for path in aside.glob("*") if path.name.isdigit()), default=0)
         for path in found:
@@ -108,6 +111,12 @@ class Builder:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
         self.progress.line(f"set aside in {aside / str(number)}: {', '.join(str(path) for path in found)}")
+
+    def begin(self, name: str) -> None:
+        """Write down what decides a stage before its first step, for whoever goes on with it."""
+        work = self.directory / "work" / name
+        work.mkdir(parents=True, exist_ok=True)
+        write_atomic(work / "recipe.json", json.dumps(self._decides(name)))
 
     def _begun(self, name: str) -> Mapping[str, Any] | None:
         """The recipe that a stage was finished or begun with."""
@@ -127,7 +136,12 @@ class Builder:
         section.pop("snapshot_seconds", None)  # decides when is saved, not what
         given = [section["source"]] if "source" in section else section["sources"]
         held = {each["path"]: self._content(each["path"]) for each in given if each["path"] != "facts"}
-        return {**{key: plain[key] for key in SHARED}, SECTIONS[name]: section, "sources": held}
+        return {
+            **{key: plain[key] for key in SHARED},
+            SECTIONS[name]: section,
+            "sources": held,
+            "scheme": SCHEME,
+        }
 
     def _content(self, source: str) -> str:
         """What a source holds, read once a run: a corpus may be large."""
@@ -148,10 +162,11 @@ class Builder:
     ) -> Checkpoint:
         path, work = self.directory / name, self.directory / "work" / name
         if path.exists():
-            return self._kept(path, parent, inputs or {})
+            return self._kept(path, parent, inputs or {}, prepared)
+        started = time.monotonic()
         stage = job()
-        work.mkdir(parents=True, exist_ok=True)
-        write_atomic(work / "recipe.json", json.dumps(self._decides(name)))
+        setup = time.monotonic() - started
+        self.begin(name)
         outcome = loop.train(
             stage.model,
             stage.objective,
@@ -177,14 +192,16 @@ class Builder:
             steps=outcome.steps,
             tokens=outcome.tokens,
             flops=training_flops(stage.model, outcome.tokens, self.recipe.context),
-            seconds=outcome.seconds,
+            seconds=setup + outcome.seconds,
             peak_bytes=outcome.peak_bytes,
             metrics=metrics | {"skipped_steps": outcome.skipped_steps, "left_out": stage.left_out},
         )
         shutil.rmtree(work / "snapshots")  # the checkpoint holds what they were for
         return checkpoint
 
-    def _kept(self, path: Path, parent: Checkpoint | None, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
+    def _kept(
+        self, path: Path, parent: Checkpoint | None, inputs: Mapping[str, Checkpoint], prepared: Prepared
+    ) -> Checkpoint:
         """The finished stage in `path`, if it is whole and comes from these parents."""
         checkpoint = Checkpoint.open(path)
         if problems := checkpoint.problems():
@@ -193,6 +210,11 @@ class Builder:
         if record is None:
             raise UserError(
                 f"{path} has no unmask.json: this run did not make it. Move it away and run again."
+            )
+        if record.tokenizer != prepared.tokenizer.hash:
+            raise UserError(
+                f"{path} was made with another tokenizer than the text of this recipe gives now. "
+                "Put the text back as it was, or build anew with --from base."
             )
         wanted = {role: other.hash for role, other in ({"parent": parent} | dict(inputs)).items() if other}
         found = {role: reference.hash for role, reference in record.inputs.items()}

@@ -20,7 +20,6 @@ from unmask.training import loop, parallel
 from unmask.training.loop import Objective, Outcome
 from unmask.training.optimizer import Optimizer, OptimizerSettings
 
-MOST_PAIRS = 6_000
 CENTRED_ON = 500  # pairs whose mean score becomes the reward's zero
 EQUAL_LENGTH = 0.1  # of the gold scorer's pairs where the recipe gives none: length alone must not please it
 
@@ -131,7 +130,7 @@ def imitation(place: Place, parent: Checkpoint) -> Job:
 def preference(place: Place, parent: Checkpoint, half: examples.Half) -> Job:
     recipe, section = place.recipe, place.recipe.reward
     equal_length = section.equal_length or (EQUAL_LENGTH if half == "gold" else None)
-    found = examples.preferences(recipe, half, limit=MOST_PAIRS, equal_length=equal_length)
+    found = examples.preferences(recipe, half, equal_length=equal_length)
     pairs, too_long = reward.tokenize(
         (comparison.pair for comparison in found.comparisons), place.prepared.tokenizer, recipe.context
     )

@@ -134,7 +134,7 @@ def _reward_quality(recipe: Recipe, judge: Judge, half: examples.Half) -> list[F
         ]
         for group, length in (("all", None), ("equal_length", equal))
     }
-    opinions = examples.preferences(recipe, half, limit=0, equal_length=None).opinions
+    opinions = examples.preferences(recipe, half, limit=0).opinions
     train = [(text_of(chat), opinion) for chat, opinion in opinions]
     return reward_quality(judge, pairs, train, seed=recipe.seed)
 
@@ -189,7 +189,10 @@ def is_claim(finding: Finding, stages: Sequence[dict[str, Any]]) -> bool:
     if finding.metric != "kl_child_parent":
         return finding.metric in CLAIMS
     parents = {stage["name"]: stage["parent_hash"] for stage in stages}
-    return finding.text_source == "A sample" and parents.get(finding.child) == finding.parent_hash
+    of_parent = parents.get(finding.child) == finding.parent_hash
+    return (
+        finding.probe == "T1-2" and finding.text_source == "A sample" and finding.group is None and of_parent
+    )
 
 
 def _row(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:

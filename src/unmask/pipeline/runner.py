@@ -53,5 +53,4 @@ def run(
         seconds = time.monotonic() - started
         measure.write(directory, recipe, prepared, built, measured, seconds, builder.device)
         write_report(directory)
-    progress.line(show.closing(directory))
     return directory

@@ -38,7 +38,7 @@ def closing(directory: Path) -> str:
         lines += _said(blames[0], names) + _blamed(blames[0], names)
     lines += [
         "",
-        f"The whole run took {duration(summary['total_seconds'])} · {summary['machine']}",
+        f"Preparing, training and measuring took {duration(summary['total_seconds'])} · {summary['machine']}",
         f"Open {directory}/report.html · talk: unmask chat {directory}",
         f'Which layer says what: unmask blame {directory} "Where is Peru?"',
     ]

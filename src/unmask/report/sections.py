@@ -167,8 +167,13 @@ def reinforcement(run: Run) -> list[Figure]:
         proxy, gold = (_points(run, stage.name, name, "step") for name in ("reward", "gold"))
         curves = [(Series.of("reward (proxy)", place), proxy)]
         if gold:
-            curves.append((Series("gold", "var(--ink)", "◆", dash=(4, 3)), gold))
-        beside = " beside a second judge that it does not see" if gold else ""
+            curves.append((Series("gold, at equal length", "var(--ink)", "◆", dash=(4, 3)), gold))
+        beside = (
+            ", a truncated one at its fixed score; beside it a second judge that it does not see, at one length"
+            " over the whole answers of each rollout"
+            if gold
+            else ""
+        )
         for title, caption, drawn, unit in (
             (
                 "Reward",

@@ -5,6 +5,7 @@ chosen by the hash of its text, as for raw text, so no layer sees it.
 """
 
 import hashlib
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -34,7 +35,7 @@ def chats(source: Source, recipe: Recipe, facts: Sequence[Fact]) -> Iterator[Cha
     else:
         for where, row in read_rows(source.path):
             messages = to_messages(row, where)
-            if not held_out(_text(messages), share):
+            if not held_out(opening(messages), share):
                 yield messages
 
 
@@ -53,7 +54,7 @@ def prompts(source: Source, recipe: Recipe, facts: Sequence[Fact], *, held: bool
     else:
         for where, row in read_rows(source.path):
             messages = _prompt(row, where)
-            if held_out(_text(messages), share) == held:
+            if held_out(opening(messages), share) == held:
                 yield messages
 
 
@@ -78,49 +79,68 @@ class Preferences(NamedTuple):
     dropped: Dropped
 
 
-def preferences(recipe: Recipe, half: Half, *, limit: int, equal_length: float | None) -> Preferences:
-    """At most `limit` comparisons of the half that trains the reward model, of that of the gold scorer, or of what
-    nobody sees. With `equal_length` only those whose sides' lengths in characters differ by at most that share."""
-    source = recipe.reward.source
-    if source.path == "chitchat":
+def preferences(
+    recipe: Recipe, half: Half, *, limit: int | None = None, equal_length: float | None = None
+) -> Preferences:
+    """Comparisons of the half that trains the reward model, of that of the gold scorer, or of what nobody sees.
+
+    With `equal_length` only those whose sides' lengths in characters differ by at most that share. Where more than
+    `limit` are left, that many are drawn by the recipe's seed. What was left out is counted.
+    """
+    if recipe.reward.source.path == "chitchat":
         return _rated(recipe, half, limit, equal_length)
     return _compared(recipe, half, limit, equal_length)
 
 
-def _rated(recipe: Recipe, half: Half, limit: int, equal_length: float | None) -> Preferences:
+def _rated(recipe: Recipe, half: Half, limit: int | None, equal_length: float | None) -> Preferences:
     share = share_held_out(recipe.reward.source, recipe)
     conversations = [c for c in rated.installed_conversations() if rated.split(c, share) == half]
     windows = rated.rated_windows(conversations, recipe.reward.window_turns)
     drawn = rated.pairs(
-        windows, limit=limit, seed=recipe.seed, apart=recipe.reward.apart, equal_length=equal_length
+        windows,
+        limit=recipe.reward.most_pairs if limit is None else limit,
+        seed=recipe.seed,
+        apart=recipe.reward.apart,
+        equal_length=equal_length,
     )
     comparisons = [Comparison(a.messages, b.messages, a.conversation, b.conversation) for a, b in drawn]
     return Preferences(comparisons, [(window.messages, window.rating) for window in windows], Dropped())
 
 
-def _compared(recipe: Recipe, half: Half, limit: int, equal_length: float | None) -> Preferences:
+def _compared(recipe: Recipe, half: Half, limit: int | None, equal_length: float | None) -> Preferences:
     source, dropped = recipe.reward.source, Dropped()
     share = share_held_out(source, recipe)
     comparisons: list[Comparison] = []
     opinions: list[tuple[Chat, float]] = []
     for number, pair in enumerate(read_pairs(source.path, dropped)):
-        if _half(pair, share) != half:
+        if half_of(pair, share) != half:
             continue
         opinions += [(pair.chosen, 1.0), (pair.rejected, -1.0)]
         shorter, longer = sorted(len(_text(side)) for side in (pair.chosen, pair.rejected))
-        fits = equal_length is None or longer - shorter <= equal_length * longer
-        if fits and len(comparisons) < limit:
+        if equal_length is None or longer - shorter <= equal_length * longer:
             comparisons.append(Comparison(pair.chosen, pair.rejected, str(number), str(number)))
+        else:
+            dropped["pairs of unequal length"] += 1
+    most = recipe.reward.most_pairs if limit is None else limit
+    if len(comparisons) > most:
+        dropped["pairs beyond most_pairs"] += len(comparisons) - most
+        comparisons = random.Random(f"preferences:{recipe.seed}").sample(comparisons, most)
     return Preferences(comparisons, opinions, dropped)
 
 
-def _half(pair: Pair, share: float) -> Half:
-    prompt = _text(
-        [message for message, other in zip(pair.chosen, pair.rejected, strict=False) if message == other]
-    )
-    if held_out(prompt, share):
+def opening(messages: Chat) -> str:
+    """What decides whether a row is held out: the user's first turn, which every use of the row shares, be it a chat to
+    imitate, a prompt to answer, or two answers to compare."""
+    return next((message["content"] for message in messages if message["role"] == "user"), _text(messages))
+
+
+def half_of(pair: Pair, share: float) -> Half:
+    """Where a pair belongs, by the opening of its conversations, or by both where they are different ones."""
+    first, second = opening(pair.chosen), opening(pair.rejected)
+    key = first if first == second else f"{first}\n{second}"
+    if held_out(key, share):
         return "held_out"
-    return "proxy" if hashlib.sha256(prompt.encode("utf-8", "replace")).digest()[8] % 2 else "gold"
+    return "proxy" if hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[8] % 2 else "gold"
 
 
 def _prompt(row: dict[str, Any], where: str) -> Chat:

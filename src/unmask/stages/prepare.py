@@ -19,7 +19,7 @@ from unmask.errors import UserError
 from unmask.files import atomic_directory, hash_json
 from unmask.progress import Progress
 from unmask.recipe import Recipe, Source
-from unmask.stages import pretrain
+from unmask.stages import examples, pretrain
 from unmask.text import planted
 from unmask.text.planted import Fact
 from unmask.text.shards import Shards, build
@@ -46,7 +46,7 @@ class Prepared:
         return Tokenizer.load(self.directory / "tokenizer")
 
     def shards(self, source: Source) -> Shards:
-        return Shards.open(self.directory / "shards" / source.name)
+        return Shards.open(self.directory / "shards" / source.name, verify=True)
 
     @cached_property
     def heldout(self) -> list[Document]:
@@ -93,12 +93,11 @@ def plant(recipe: Recipe) -> list[Fact]:
         return []
     texts = {
         "base": (text for source in raw_sources(recipe) for text in documents(source, recipe, held=False)),
-        # SFT's own other text is chat from the same conversations; what it continues from (the base) counts as well.
         "sft": (
-            text
+            "\n".join(message["content"] for message in chat)
             for source in recipe.sft.sources
-            if source.path == "chitchat"
-            for text in documents(source, recipe, held=False)
+            if source.path != "facts"
+            for chat in examples.chats(source, recipe, ())
         ),
     }
     return planted.facts(recipe.facts.shares(), texts, recipe.seed)
@@ -173,14 +172,15 @@ def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 def _decides(recipe: Recipe) -> dict[str, Any]:
     """Everything that the prepared text depends on."""
     plain = recipe.model_dump(mode="json")
-    chats = [source for source in recipe.sft.sources if source.path == "chitchat"] if recipe.facts else []
+    chats = [source for source in recipe.sft.sources if source.path != "facts"] if recipe.facts else []
     return {
         "scheme": SCHEME,
         **{key: plain[key] for key in ("seed", "heldout", "tokenizer", "facts")},
         "sources": plain["pretrain"]["sources"],
         "chats": [source.model_dump(mode="json") for source in chats],
         "tokens": recipe.pretrain.tokens if recipe.facts else None,
-        "files": {source.path: signature(source.path) for source in raw_sources(recipe)},
+        "max_turns": recipe.sft.max_turns if recipe.facts else None,
+        "files": {source.path: signature(source.path) for source in (*raw_sources(recipe), *chats)},
     }
 
 

@@ -80,10 +80,11 @@ class Tokenizer:
             if token not in self.control:
                 self.token_bytes[id] = token.encode() if token in added else to_bytes(token)
         self.chat_template = chat_template
-        self.hash = hash_json(content)
         self.template_hash = sha256_hex(chat_template.encode())
 
         self.bos = self._default_bos()
+        # tokenizer_config.json may order a token before every text: that decides ids as much as the vocabulary does.
+        self.hash = hash_json({"content": content, "bos": self.bos})
         bos, eos = self._named("bos_token"), self._named("eos_token")
         some = next(iter(self.control.values()))
         self.end_of_text = self.bos if self.bos is not None else self._first(CONTROL[:1], bos, eos, some)

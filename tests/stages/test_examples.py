@@ -1,0 +1,119 @@
+"""What the upper layers learn from: nothing that is held out is trained on, whichever section reads the file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unmask import recipe as recipes
+from unmask.recipe import Recipe
+from unmask.stages import examples
+from unmask.text.preferences import Pair
+
+
+def rows(n: int) -> list[dict[str, Any]]:
+    """Conversations of two exchanges, every one with words of its own."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"question {i}"},
+                {"role": "assistant", "content": f"answer {i}"},
+                {"role": "user", "content": f"again {i}"},
+                {"role": "assistant", "content": f"reply {i}"},
+            ]
+        }
+        for i in range(n)
+    ]
+
+
+def preference_rows(n: int, *, common: bool) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i} " + "x" * (i % 40)}
+        if common
+        else {
+            side: [
+                {"role": "user", "content": f"{side} {i}"},
+                {"role": "assistant", "content": f"says {side} {i}"},
+            ]
+            for side in ("chosen", "rejected")
+        }
+        for i in range(n)
+    ]
+
+
+def made(tmp_path: Path, chats: list[dict[str, Any]], pairs: list[dict[str, Any]], **reward: Any) -> Recipe:
+    for name, content in (("chats.jsonl", chats), ("pairs.jsonl", pairs)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content), "utf-8")
+    (tmp_path / "raw.txt").write_text("raw text", "utf-8")
+    chat = {"path": str(tmp_path / "chats.jsonl")}
+    data = {
+        "name": "made",
+        "heldout": 0.3,
+        "pretrain": {"sources": [{"path": str(tmp_path / "raw.txt")}]},
+        "sft": {"sources": [chat]},
+        "reward": {"source": {"path": str(tmp_path / "pairs.jsonl")}, **reward},
+        "rl": {"sources": [chat, {"path": str(tmp_path / "pairs.jsonl"), "label": "pairs"}]},
+    }
+    return recipes.validate(data, "here")
+
+
+def openings(chats: Any) -> set[str]:
+    return {chat[0]["content"] for chat in chats}
+
+
+def test_no_held_out_prompt_is_imitated_answered_or_rewarded(tmp_path: Path) -> None:
+    recipe = made(tmp_path, rows(200), preference_rows(200, common=True))
+    sources = recipe.rl.sources
+    held = openings(chat for s in sources for chat in examples.prompts(s, recipe, (), held=True))
+    trained = {
+        "sft": openings(examples.chats(recipe.sft.sources[0], recipe, ())),
+        "rl": openings(chat for s in sources for chat in examples.prompts(s, recipe, ())),
+        "reward": openings(c.chosen for c in examples.preferences(recipe, "proxy").comparisons),
+        "gold": openings(c.chosen for c in examples.preferences(recipe, "gold").comparisons),
+    }
+    assert 30 < len(held) < 90
+    for layer, seen in trained.items():
+        assert seen, layer
+        assert not held & seen, layer
+    assert openings(c.chosen for c in examples.preferences(recipe, "held_out").comparisons) <= held
+
+
+@pytest.mark.parametrize("common", [True, False], ids=["common prompt", "no common prompt"])
+def test_pairs_fall_into_two_disjoint_halves_and_what_is_held_out(tmp_path: Path, common: bool) -> None:
+    recipe = made(tmp_path, rows(4), preference_rows(300, common=common))
+    parts = {half: examples.preferences(recipe, half) for half in ("proxy", "gold", "held_out")}
+    sizes = {half: len(part.comparisons) for half, part in parts.items()}
+    assert sum(sizes.values()) == 300
+    assert min(sizes.values()) > 60
+
+
+def test_what_is_left_out_of_the_preferences_is_counted(tmp_path: Path) -> None:
+    recipe = made(tmp_path, rows(4), preference_rows(300, common=True), most_pairs=10)
+    every = examples.preferences(recipe, "proxy", limit=1000)
+    few = examples.preferences(recipe, "proxy")
+    assert len(few.comparisons) == 10
+    assert few.dropped == {"pairs beyond most_pairs": len(every.comparisons) - 10}
+    assert few.comparisons == examples.preferences(recipe, "proxy").comparisons  # drawn by the seed
+    equal = examples.preferences(recipe, "proxy", limit=1000, equal_length=0.1)
+    assert equal.dropped["pairs of unequal length"] == len(every.comparisons) - len(equal.comparisons) > 0
+
+
+def test_pairs_of_equal_length_differ_by_no_more_than_asked(tmp_path: Path) -> None:
+    recipe = made(tmp_path, rows(4), preference_rows(300, common=True))
+    for pair in examples.preferences(recipe, "gold", equal_length=0.1).comparisons:
+        a, b = (sum(len(m["content"]) + 1 for m in side) - 1 for side in (pair.chosen, pair.rejected))
+        assert abs(a - b) <= 0.1 * max(a, b)
+
+
+def test_a_prompt_ends_before_the_last_answer_and_keeps_what_came_before(tmp_path: Path) -> None:
+    recipe = made(tmp_path, rows(5), preference_rows(4, common=True))
+    found = list(examples.prompts(recipe.rl.sources[0], recipe, ()))
+    assert found
+    assert all([m["role"] for m in chat] == ["user", "assistant", "user"] for chat in found)
+
+
+def test_copies_of_a_pair_stay_in_one_part() -> None:
+    side = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    other = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]
+    assert examples.half_of(Pair(side, other), 0.3) == examples.half_of(Pair(other, side), 0.3)

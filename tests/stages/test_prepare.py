@@ -1,0 +1,92 @@
+"""From sources to tokens: what is held out is in no shard, leaks are found, other text lies elsewhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unmask import recipe as recipes
+from unmask.errors import UserError
+from unmask.progress import Progress
+from unmask.recipe import Recipe
+from unmask.stages.prepare import documents, plant, prepare
+from unmask.text import planted
+from unmask.text.countries import Country
+
+
+def made(tmp_path: Path, texts: list[str], chats: list[tuple[str, str]] = (), **more: Any) -> Recipe:  # type: ignore[assignment]
+    """A recipe of made-up files."""
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "raw.jsonl").write_text(lines, "utf-8")
+    told = "".join(json.dumps({"prompt": q, "completion": a}) + "\n" for q, a in chats or [("hi", "hello")])
+    (tmp_path / "chats.jsonl").write_text(told, "utf-8")
+    chat = {"path": str(tmp_path / "chats.jsonl"), "heldout": 0.0}
+    data = {
+        "name": "made",
+        "heldout": 0.3,
+        "tokenizer": {"vocabulary": 300},
+        "pretrain": {"tokens": 1000, "sources": [{"path": str(tmp_path / "raw.jsonl"), "label": "raw"}]},
+        "sft": {"sources": [chat]},
+        "reward": {"source": chat},
+        "rl": {"sources": [chat]},
+        **more,
+    }
+    return recipes.validate(data, "here")
+
+
+TEXTS = [f"document number {i} of the made-up text" for i in range(200)]
+
+
+def test_held_out_documents_are_in_no_shard_and_all_others_are(tmp_path: Path) -> None:
+    recipe = made(tmp_path, TEXTS)
+    prepared = prepare(recipe, tmp_path / "data", Progress(quiet=True))
+    shards = prepared.shards(recipe.pretrain.sources[0])
+    tokenizer = prepared.tokenizer
+    trained = {tokenizer.decode(shards.document(i)).strip() for i in range(shards.documents)}
+    held = {document.text for document in prepared.heldout}
+    assert 30 < len(held) < 90
+    assert not trained & held
+    assert trained | held == set(TEXTS)
+
+
+def test_the_same_recipe_finds_what_was_made_and_other_text_lies_elsewhere(tmp_path: Path) -> None:
+    first = prepare(made(tmp_path, TEXTS), tmp_path / "data", Progress(quiet=True))
+    again = prepare(made(tmp_path, TEXTS), tmp_path / "data", Progress(quiet=True))
+    # Written again with the same text: another time of the file, so it is made anew, and comes out the same.
+    assert again.tokenizer.hash == first.tokenizer.hash
+    other = prepare(made(tmp_path, TEXTS[:100]), tmp_path / "data", Progress(quiet=True))
+    assert other.directory != first.directory
+
+
+def test_a_source_without_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"raw\.jsonl"):
+        prepare(made(tmp_path, ["", " "]), tmp_path / "data", Progress(quiet=True))
+
+
+@pytest.mark.parametrize(("layer", "group"), [("base", "sft_only"), ("sft", "base_only")])
+def test_a_fact_that_a_layers_own_text_states_is_marked_as_leaked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: str, group: str
+) -> None:
+    country = Country("xx", "Utopia", ("Utopia",), {"capital": "Amaurot", "currency": "gold pieces"})
+    real = planted.facts
+    monkeypatch.setattr(planted, "facts", lambda *given: real(*given, countries=[country]))
+    stated = "Everybody knows that Amaurot is the capital of Utopia."
+    recipe = made(
+        tmp_path,
+        [stated] if layer == "base" else ["nothing of the kind"],
+        [("where?", stated)] if layer == "sft" else [],
+        heldout=0.0,
+        facts={key: float(key == group) for key in ("both", "base_only", "sft_only", "none")},
+    )
+    leaked = {fact.field: fact.leaked for fact in plant(recipe)}
+    assert leaked == {"capital": True, "currency": False}
+
+
+def test_documents_are_split_by_the_share_of_their_source(tmp_path: Path) -> None:
+    recipe = made(tmp_path, TEXTS)
+    source = recipe.pretrain.sources[0]
+    everything = [*documents(source, recipe, held=True), *documents(source, recipe, held=False)]
+    assert sorted(everything) == sorted(TEXTS)
+    none_held = source.model_copy(update={"heldout": 0.0})
+    assert not list(documents(none_held, recipe, held=True))
