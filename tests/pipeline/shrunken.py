@@ -11,7 +11,7 @@ SHRUNK = (
     "reward.tokens=30_000", "reward.batch_tokens=2048",
     "rl.tokens=1024", "rl.answers=16", "rl.answer_tokens=16", "rl.prompt_tokens=128",
     "measure.facts_per_group=12", "measure.heldout_bytes=4000", "measure.pairs=60", "measure.prompts=12",
-    "measure.floor_prompts=3", 'measure.questions=["Hello!"]',
+    "measure.floor_prompts=3", "measure.answer_tokens=16", 'measure.questions=["Hello!"]',
 )  # fmt: skip
 
 

@@ -80,12 +80,12 @@ def measure(
         findings += _reward_quality(recipe, gold, "gold")
     say("what the nudge did")
     findings += rl_effect(
-        mask, nudge, prompts, proxy, gold, max_new_tokens=recipe.rl.answer_tokens, limit=amount.prompts,
+        mask, nudge, prompts, proxy, gold, max_new_tokens=amount.answer_tokens, limit=amount.prompts,
         floor_limit=amount.floor_prompts, seed=seed,
     )  # fmt: skip
     say("how far each layer moved")
     findings += divergence(
-        layers, prompts, prepared.heldout, max_new_tokens=recipe.rl.answer_tokens, limit=amount.prompts,
+        layers, prompts, prepared.heldout, max_new_tokens=amount.answer_tokens, limit=amount.prompts,
         floor_limit=amount.floor_prompts, seed=seed,
     )  # fmt: skip
     say("blame")
@@ -105,7 +105,7 @@ def planted(prepared: Prepared) -> list[PlantedFact]:
 
 def held_prompts(recipe: Recipe, tokenizer: Tokenizer) -> list[examples.Chat]:
     """Conversations that no layer saw and that wait for an answer; those which leave room for one."""
-    room = min(recipe.rl.prompt_tokens, recipe.context - recipe.rl.answer_tokens)
+    room = min(recipe.rl.prompt_tokens, recipe.context - recipe.measure.answer_tokens)
     chats = [
         chat
         for source in (*recipe.rl.sources, *recipe.sft.sources)
