@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from shrunken import shrunk, unmask
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("run")]
+pytestmark = pytest.mark.slow
 GROUPS = ("both", "base_only", "sft_only", "none")
 
 
