@@ -23,7 +23,7 @@ from unmask.stages import examples, pretrain
 from unmask.text import planted
 from unmask.text.planted import Fact
 from unmask.text.shards import Shards, build
-from unmask.text.sources import Document, held_out, read_texts, signature
+from unmask.text.sources import Document, Dropped, held_out, read_texts, signature
 from unmask.text.tokenizer import Tokenizer
 
 TOKENIZER_BYTES = (
@@ -74,10 +74,10 @@ def prepare(recipe: Recipe, directory: Path, progress: Progress) -> Prepared:
     return Prepared(place, _read_facts(place / "facts.json"), seconds)
 
 
-def documents(source: Source, recipe: Recipe, *, held: bool) -> Iterator[str]:
-    """The source's documents that no layer may see (`held`), or those that are trained on."""
+def documents(source: Source, recipe: Recipe, *, held: bool, dropped: Dropped | None = None) -> Iterator[str]:
+    """The source's documents that no layer may see (`held`), or those that are trained on; empty ones are counted."""
     share = recipe.heldout if source.heldout is None else source.heldout
-    for text in read_texts(source.path):
+    for text in read_texts(source.path, dropped):
         if held_out(text, share) == held:
             yield text
 
@@ -114,6 +114,7 @@ def _make(recipe: Recipe, directory: Path, progress: Progress) -> None:
     with (directory / "heldout.jsonl").open("w", encoding="utf-8") as heldout:
         for source in recipe.pretrain.sources:
             progress.line(f"preparing  {source.name}")
+            dropped = Dropped()
             if source.path == "facts":
                 passes = _passes(recipe, source, facts, tokenizer)
                 texts: Iterable[str] = (
@@ -122,11 +123,13 @@ def _make(recipe: Recipe, directory: Path, progress: Progress) -> None:
                     for text in planted.plain_documents(facts, recipe.seed, i, question_share)
                 )
             else:
-                texts = documents(source, recipe, held=False)
+                texts = documents(source, recipe, held=False, dropped=dropped)
                 for text in _first_bytes(documents(source, recipe, held=True), HELDOUT_BYTES):
                     row = json.dumps({"source": source.name, "text": text}, ensure_ascii=False)
                     heldout.write(row + "\n")
             built = build(directory / "shards" / source.name, texts, tokenizer)
+            for reason, count in dropped.items():
+                progress.line(f"preparing  {source.name}: left out {count:,} of reason: {reason}")
             if not built.tokens:
                 raise UserError(
                     f"source {source.path!r} has no text. Give it some, or take it out of [pretrain]."
