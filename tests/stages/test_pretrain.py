@@ -13,6 +13,7 @@ from small_models import CONFIG, CPU, END_OF_TEXT, VOCABULARY, decoder
 from torch.nn import functional
 
 from unmask.errors import UserError
+from unmask.model.config import ModelConfig
 from unmask.model.decoder import Decoder
 from unmask.progress import Progress
 from unmask.stages import pretrain
@@ -201,3 +202,17 @@ def test_it_learns_and_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     loop.train(*resumed, settings, tmp_path / "parts", progress, "base")
     for (name, a), (_, b) in zip(whole[0].named_parameters(), resumed[0].named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_control_tokens_that_were_never_seen_begin_as_the_one_that_was(tied: bool) -> None:
+    config = replace(ModelConfig.from_depth(1, vocabulary=64, context=16), tie_word_embeddings=tied)
+    model = Decoder(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    before = model.model.embed_tokens.weight.clone()
+    pretrain.give_meaning(model, [1, 2], like=0)
+    logits = model(torch.tensor([[0, 9], [1, 9], [2, 9]]))
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+    assert torch.equal(logits[..., 0], logits[..., 2])
+    assert torch.equal(model.model.embed_tokens.weight[3:], before[3:])

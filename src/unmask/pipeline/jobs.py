@@ -91,10 +91,13 @@ def pretraining(place: Place) -> Job:
         seed=recipe.seed,
     )
     data = {source.name: source.shards.fingerprint for source in sources}
+
+    def finish(outcome: Outcome) -> tuple[Decoder, dict[str, Any]]:
+        pretrain.give_meaning(model, [tokenizer.turn_start, tokenizer.turn_end], tokenizer.end_of_text)
+        return model, means(outcome, "loss")
+
     settings = loop_settings(section, objective, recipe.seed)
-    return Job(
-        model, objective, optimizer, settings, data, {}, lambda outcome: (model, means(outcome, "loss"))
-    )
+    return Job(model, objective, optimizer, settings, data, {}, finish)
 
 
 def imitation(place: Place, parent: Checkpoint) -> Job:

@@ -29,7 +29,7 @@ from unmask.text.tokenizer import Tokenizer
 TOKENIZER_BYTES = (
     6_000_000  # of text that the tokenizer is trained on; more changes few merges and takes long
 )
-SCHEME = 2  # raised when the same recipe and sources would give other text or tokens
+SCHEME = 3  # raised when the same recipe and sources would give other text, tokens or first weights
 HELDOUT_BYTES = 1_000_000  # a source; kept in the run for measuring
 
 

@@ -109,6 +109,18 @@ def documents_and_positions(ids_BT: Tensor, end_of_text: int) -> tuple[Tensor, T
     return starts_BT.cumsum(dim=1), at_T - last_start_BT
 
 
+@torch.no_grad()
+def give_meaning(model: Decoder, unseen: Sequence[int], like: int) -> None:
+    """Let control tokens that pretraining never saw begin as copies of one that it saw, `like`.
+
+    A row of the embedding that is never a target is pushed away from everything: it ends long, and the same for
+    all such tokens. A base that meets them, at the head of a chat, then recalls little of what it knows
+    (docs/decisions/control-tokens.md has figures). What a turn's marks are closest to is the mark between documents.
+    """
+    for table in (model.model.embed_tokens.weight, model.head):  # one and the same where they are tied
+        table[list(unseen)] = table[like].clone()
+
+
 def stage(
     config: ModelConfig,
     sources: Sequence[Source],
