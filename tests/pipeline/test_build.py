@@ -22,6 +22,12 @@ def decoder() -> Decoder:
     return model
 
 
+def test_recipe_and_model_agree_on_the_width_that_a_depth_gives() -> None:
+    for depth in range(1, 40):
+        config = ModelConfig.from_depth(depth, vocabulary=128, context=32)
+        assert config.hidden_size == recipes.width_of(depth)
+
+
 def test_flops_are_six_a_multiplied_weight_and_token_plus_attention() -> None:
     # width 64, hidden 160 (8/3 of 64 to a multiple of 32), 2 layers, head of 128 rows
     weights = 2 * (4 * 64 * 64 + 3 * 64 * 160) + 128 * 64

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from shrunken import shrunk, unmask
 
 pytestmark = pytest.mark.slow
@@ -28,6 +30,12 @@ def test_the_layers_descend_from_each_other(run: Path) -> None:
     for child, parent in (("sft", "base"), ("reward", "sft"), ("rl", "sft")):
         assert stages[child]["parent_hash"] == stages[parent]["hash"]
     assert stages["rl"]["inputs"] == {"reward": stages["reward"]["hash"]}
+
+
+def test_the_marks_of_a_turn_begin_in_the_base_as_the_mark_between_documents(run: Path) -> None:
+    table = load_file(run / "base" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(table[1], table[0])  # <|im_start|> and <|endoftext|>
+    assert torch.equal(table[2], table[0])  # <|im_end|>
 
 
 def test_every_promised_claim_is_there_with_unit_n_and_interval(run: Path) -> None:
