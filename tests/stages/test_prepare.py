@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from unmask import recipe as recipes
 from unmask.errors import UserError
 from unmask.progress import Progress
 from unmask.recipe import Recipe
-from unmask.stages.prepare import documents, plant, prepare
+from unmask.stages.prepare import documents, plant, prepare, sample
 from unmask.text import planted
 from unmask.text.countries import Country
 
@@ -90,3 +92,19 @@ def test_documents_are_split_by_the_share_of_their_source(tmp_path: Path) -> Non
     assert sorted(everything) == sorted(TEXTS)
     none_held = source.model_copy(update={"heldout": 0.0})
     assert not list(documents(none_held, recipe, held=True))
+
+
+def test_a_sample_comes_from_all_over_a_sorted_source_and_does_not_depend_on_its_order() -> None:
+    chosen = list(sample(TEXTS, 1000))
+    places = sorted(TEXTS.index(text) for text in chosen[:-1])
+    assert places[0] < 30 and places[-1] > 170
+    assert chosen == list(sample(reversed(TEXTS), 1000))
+
+
+@given(st.lists(st.text(max_size=20)), st.integers(0, 100))
+def test_a_sample_is_as_large_as_it_may_be_and_cuts_one_text_at_most(texts: list[str], limit: int) -> None:
+    chosen = list(sample(texts, limit))
+    size = sum(len(text.encode()) for text in chosen)
+    total = sum(len(text.encode()) for text in texts)
+    assert min(limit, total) - 3 <= size <= limit  # a cut may fall inside a character
+    assert sum(text not in texts for text in chosen) <= 1

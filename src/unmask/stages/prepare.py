@@ -5,6 +5,8 @@ them. What was made lies in a directory named by the hash of everything that dec
 overwrite it and equal ones find it.
 """
 
+import hashlib
+import heapq
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -29,7 +31,7 @@ from unmask.text.tokenizer import Tokenizer
 TOKENIZER_BYTES = (
     6_000_000  # of text that the tokenizer is trained on; more changes few merges and takes long
 )
-SCHEME = 3  # raised when the same recipe and sources would give other text, tokens or first weights
+SCHEME = 4  # raised when the same recipe and sources would give other text, tokens or first weights
 HELDOUT_BYTES = 1_000_000  # a source; kept in the run for measuring
 
 
@@ -124,7 +126,7 @@ def _make(recipe: Recipe, directory: Path, progress: Progress) -> None:
                 )
             else:
                 texts = documents(source, recipe, held=False, dropped=dropped)
-                for text in _first_bytes(documents(source, recipe, held=True), HELDOUT_BYTES):
+                for text in sample(documents(source, recipe, held=True), HELDOUT_BYTES):
                     row = json.dumps({"source": source.name, "text": text}, ensure_ascii=False)
                     heldout.write(row + "\n")
             built = build(directory / "shards" / source.name, texts, tokenizer)
@@ -159,16 +161,26 @@ def _sample(recipe: Recipe, facts: list[Fact]) -> Iterator[str]:
             texts = planted.plain_documents(facts, recipe.seed, 0)
         else:
             texts = documents(source, recipe, held=False)
-        yield from _first_bytes(texts, round(TOKENIZER_BYTES * source.share / total))
+        yield from sample(texts, round(TOKENIZER_BYTES * source.share / total))
 
 
-def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """Texts until `limit` bytes are reached; the one that crosses it is cut there."""
+def sample(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """At most `limit` bytes of texts, from all over the source: those whose hashes are least; the last is cut.
+
+    The first ones of a source would not do: many are sorted, by year or by author. One pass, and what is kept is
+    no larger than `limit` and one text.
+    """
+    kept: list[tuple[bytes, bytes]] = []  # a heap, the largest hash first
+    size = 0
     for text in texts:
-        data = text.encode("utf-8", "replace")[:limit]
-        if not data:
-            return
-        yield data.decode("utf-8", "ignore")
+        data = text.encode("utf-8", "replace")
+        digest = hashlib.sha256(data).digest()
+        heapq.heappush(kept, (bytes(255 - byte for byte in digest), data))
+        size += len(data)
+        while kept and size - len(kept[0][1]) >= limit:
+            size -= len(heapq.heappop(kept)[1])
+    for _, data in sorted(kept, reverse=True):
+        yield data[:limit].decode("utf-8", "ignore")
         limit -= len(data)
 
 
