@@ -105,5 +105,16 @@ def test_random_states_survive_json() -> None:
     states = json.loads(json.dumps(snapshot.random_states()))
     first = [draw() for _ in range(3)]
     draw()
-    snapshot.restore_random_states(states)
+    said: list[str] = []
+    snapshot.restore_random_states(states, said.append)
     assert [draw() for _ in range(3)] == first
+    assert not said
+
+
+def test_a_snapshot_from_a_machine_with_other_devices_is_taken_up_and_that_is_said() -> None:
+    states = snapshot.random_states()
+    more = len(states["cuda"]) + 1
+    said: list[str] = []
+    snapshot.restore_random_states(states | {"cuda": [states["torch"]] * more}, said.append)
+    assert len(said) == 1
+    assert f"with {more} CUDA devices, here are {more - 1}" in said[0]

@@ -56,7 +56,7 @@ class Place:
         self._refuse_another(found.meta["identity"])
         state = State(**found.meta["state"])
         self._optimizer.load(found.tensors)
-        snapshot.restore_random_states(found.meta["random"])
+        snapshot.restore_random_states(found.meta["random"], say)
         self._cut_metrics(found.meta["metrics_bytes"], say)
         say(f"resuming after step {state.step}")
         return state

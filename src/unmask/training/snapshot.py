@@ -77,14 +77,20 @@ def random_states() -> dict[str, Any]:
     }
 
 
-def restore_random_states(states: Mapping[str, Any]) -> None:
+def restore_random_states(states: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Set them as they were. Where the number of CUDA devices is another, theirs stay, and `say` is told."""
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(_unhex(states["torch"]))
-    if states["cuda"]:
+    before, now = len(states["cuda"]), torch.cuda.device_count()
+    if before == now:
         torch.cuda.set_rng_state_all([_unhex(state) for state in states["cuda"]])
+    else:
+        say(
+            f"the snapshot was saved with {before} CUDA devices, here are {now}: what follows is not bit for bit the same"
+        )
 
 
 def _all(directory: Path) -> list[Path]:
