@@ -232,8 +232,8 @@ class Builder:
 
 def training_flops(model: nn.Module, tokens: int, length: int) -> float:
     """Of every network in `model` for `tokens` read forward and backward: 6 for each weight a token is multiplied with
-    (head in, embedding out), plus 6·L·d·T of causal attention with T = `length`: the usual convention, which is too much
-    where rows are shorter. What PPO only reads forward (answers, reference, reward) is not counted."""
+    (head in, embedding out), plus 6·L·d·T of causal attention with T = `length`: the usual convention, too much where
+    rows are shorter. What PPO only reads forward (answers, reference, reward) is not counted."""
     total = 0.0
     for network in model.modules():
         if isinstance(network, Decoder | Scorer):

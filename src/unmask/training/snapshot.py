@@ -89,7 +89,7 @@ def restore_random_states(states: Mapping[str, Any], say: Callable[[str], None])
         torch.cuda.set_rng_state_all([_unhex(state) for state in states["cuda"]])
     else:
         say(
-            f"the snapshot was saved with {before} CUDA devices, here are {now}: what follows is not bit for bit the same"
+            f"the snapshot was saved with {before} CUDA devices, here are {now}: not bit for bit the same from here"
         )
 
 
