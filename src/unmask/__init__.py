@@ -5,7 +5,7 @@
     lineage = unmask.open("runs/tiny")              # a run or a checkpoint, with all its ancestors
     assert not lineage.verify()                     # every hash holds
     layers = lineage.load()                         # base, sft, rl, oldest first
-    told = unmask.blame(layers, "What is the capital of Peru?")
+    told = unmask.blame(layers, "What is the capital of Kenya?")
     print(told.answer, dict(zip(told.layers, told.nats)))
 
 Names load on first use, so that importing a lower floor loads nothing above it.

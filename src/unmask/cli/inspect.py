@@ -82,7 +82,7 @@ def blame(
 
     if len(models_and_prompt) < 2:
         raise UserError(
-            'blame takes a model and a prompt: unmask blame runs/tiny "What is the capital of Peru?"'
+            'blame takes a model and a prompt: unmask blame runs/tiny "What is the capital of Kenya?"'
         )
     *models, prompt = models_and_prompt
     found = blame_answer(
@@ -177,10 +177,9 @@ def _print_blame(found: dict[str, Any]) -> None:
     out.print("\nWhat each layer alone says")
     for name, place in places.items():
         colour = layer_colour(place)
-        out.print(
-            f"  [{colour.terminal}]{colour.mark} {name:<6}[/] {escape(' '.join(found['alone'][name].split()))}"
-        )
-    first = found["layers"][0]
-    out.print(
-        f"  {layer_colour(0).mark} {first}, to the plain text: {escape(' '.join(found['plain'].split()))}"
-    )
+        out.print(f"  [{colour.terminal}]{colour.mark} {name:<6}[/] {_one_line(found['alone'][name])}")
+    out.print(f"  {layer_colour(0).mark} {found['layers'][0]}, to the plain text: {_one_line(found['plain'])}")
+
+
+def _one_line(answer: str) -> str:
+    return escape(" ".join(answer.split())) or "(nothing: it ends at once)"

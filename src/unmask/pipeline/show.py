@@ -1,6 +1,7 @@
 """What a run prints: the plan before it starts, and at its end what was measured, each figure beside its yardstick."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,10 @@ def closing(directory: Path) -> str:
         "",
         f"Preparing, training and measuring took {duration(summary['total_seconds'])} · {summary['machine']}",
         f"Open {directory}/report.html · talk: unmask chat {directory}",
-        f'Which layer says what: unmask blame {directory} "Where is Peru?"',
     ]
+    if blames:
+        asked = shlex.quote(blames[:2][-1]["prompt"])
+        lines.append(f"Which layer says what: unmask blame {escape(f'{directory} {asked}')}")
     return "\n".join(lines)
 
 
@@ -145,7 +148,7 @@ def _nudge(claims: _Claims) -> list[str]:
 def _said(blame: dict[str, Any], names: list[str]) -> list[str]:
     lines = ["", f"What each layer says to «{escape(blame['prompt'])}»"]
     for place, name in enumerate(names):
-        text = escape(" ".join(blame["alone"][name].split())[:160])
+        text = escape(" ".join(blame["alone"][name].split())[:160]) or "(nothing: it ends at once)"
         lines.append(f"  {_marked(place, name)}{' ' * (6 - len(name))} {text}")
     return lines
 
