@@ -94,7 +94,10 @@ class RewardSection(Training):
     equal_length: float | None = Field(
         default=None, gt=0
     )  # relative; the gold scorer's pairs are always of equal length
-    most_pairs: int = Field(default=20_000, ge=1)  # of all that qualify, drawn by the seed
+    most_texts: int = Field(default=40_000, ge=2)  # that are compared, drawn by the seed from all there are
+    together: int = Field(
+        default=32, ge=2
+    )  # rated windows of similar length, of which all are compared with all
     gold: bool = True  # train the second scorer on the disjoint half
 
 

@@ -7,9 +7,8 @@ import torch
 from small_models import CONFIG, CPU
 
 from unmask.progress import Progress
-from unmask.stages import ppo, pretrain, reward, rollouts, sft
+from unmask.stages import examples, ppo, pretrain, reward, rollouts, sft
 from unmask.text.chat import render
-from unmask.text.preferences import Pair
 from unmask.text.shards import build
 from unmask.text.tokenizer import Tokenizer
 from unmask.training import loop
@@ -63,13 +62,13 @@ def test_base_sft_reward_and_rl_follow_from_one_another(tmp_path: Path) -> None:
     )
     loop.train(mask, *rest, RULES, tmp_path / "sft", progress, "sft")
 
-    pairs = [Pair(talk(thing, CALM), talk(thing, LOUD)) for thing in THINGS]
+    pairs = [examples.Ranking([talk(thing, CALM), talk(thing, LOUD)], [(0, 1)]) for thing in THINGS]
     compared, dropped = reward.tokenize(pairs * 20, tokenizer, 64)
     assert not dropped
     judge, *rest = reward.stage(mask, compared, tokens=10**6, **amounts, **common)
     outcome = loop.train(judge, *rest, RULES, tmp_path / "reward", progress, "reward")
     assert outcome.metrics["accuracy"]["last"] == 1
-    reward.centre(judge, [side for pair in compared for side in pair])
+    reward.centre(judge, [text for pair in compared for text in pair.texts])
 
     prompts = [render(tokenizer, ask(thing), open_turn=True).ids for thing in THINGS]
     nudged, *rest = ppo.stage(

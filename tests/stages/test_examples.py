@@ -69,40 +69,49 @@ def test_no_held_out_prompt_is_imitated_answered_or_rewarded(tmp_path: Path) -> 
     trained = {
         "sft": openings(examples.chats(recipe.sft.sources[0], recipe, ())),
         "rl": openings(chat for s in sources for chat in examples.prompts(s, recipe, ())),
-        "reward": openings(c.chosen for c in examples.preferences(recipe, "proxy").comparisons),
-        "gold": openings(c.chosen for c in examples.preferences(recipe, "gold").comparisons),
+        "reward": openings(chat for r in examples.rankings(recipe, "proxy")[0] for chat in r.chats),
+        "gold": openings(chat for r in examples.rankings(recipe, "gold")[0] for chat in r.chats),
     }
     assert 30 < len(held) < 90
     for layer, seen in trained.items():
         assert seen, layer
         assert not held & seen, layer
-    assert openings(c.chosen for c in examples.preferences(recipe, "held_out").comparisons) <= held
+    assert openings(c.chosen for c in examples.comparisons(recipe, "held_out", 1000)) <= held
 
 
 @pytest.mark.parametrize("common", [True, False], ids=["common prompt", "no common prompt"])
 def test_pairs_fall_into_two_disjoint_halves_and_what_is_held_out(tmp_path: Path, common: bool) -> None:
     recipe = made(tmp_path, rows(4), preference_rows(300, common=common))
-    parts = {half: examples.preferences(recipe, half) for half in ("proxy", "gold", "held_out")}
-    sizes = {half: len(part.comparisons) for half, part in parts.items()}
+    parts = {half: examples.rankings(recipe, half)[0] for half in ("proxy", "gold", "held_out")}
+    sizes = {half: len(part) for half, part in parts.items()}
     assert sum(sizes.values()) == 300
     assert min(sizes.values()) > 60
+    for half, part in parts.items():
+        sides = [(r.chats[a], r.chats[b]) for r in part for a, b in r.better]
+        assert sides == [(c.chosen, c.rejected) for c in examples.comparisons(recipe, half, 1000)]
+        assert [chat for chat, _ in examples.opinions(recipe, half)] == [
+            chat for r in part for chat in r.chats
+        ]
 
 
 def test_what_is_left_out_of_the_preferences_is_counted(tmp_path: Path) -> None:
-    recipe = made(tmp_path, rows(4), preference_rows(300, common=True), most_pairs=10)
-    every = examples.preferences(recipe, "proxy", limit=1000)
-    few = examples.preferences(recipe, "proxy")
-    assert len(few.comparisons) == 10
-    assert few.dropped == {"pairs beyond most_pairs": len(every.comparisons) - 10}
-    assert few.comparisons == examples.preferences(recipe, "proxy").comparisons  # drawn by the seed
-    equal = examples.preferences(recipe, "proxy", limit=1000, equal_length=0.1)
-    assert equal.dropped["pairs of unequal length"] == len(every.comparisons) - len(equal.comparisons) > 0
+    recipe = made(tmp_path, rows(4), preference_rows(300, common=True), most_texts=20)
+    every = examples.comparisons(recipe, "proxy", 1000)
+    few, dropped = examples.rankings(recipe, "proxy")
+    assert len(few) == 10
+    assert +dropped == {"pairs beyond most_texts": len(every) - 10}
+    assert few == examples.rankings(recipe, "proxy")[0]  # drawn by the seed
+    equal = examples.comparisons(recipe, "proxy", 1000, 0.1)
+    _, dropped = examples.rankings(recipe, "proxy", 0.1)
+    assert dropped["pairs of unequal length"] == len(every) - len(equal) > 0
 
 
 def test_pairs_of_equal_length_differ_by_no_more_than_asked(tmp_path: Path) -> None:
     recipe = made(tmp_path, rows(4), preference_rows(300, common=True))
-    for pair in examples.preferences(recipe, "gold", equal_length=0.1).comparisons:
-        a, b = (sum(len(m["content"]) + 1 for m in side) - 1 for side in (pair.chosen, pair.rejected))
+    found, _ = examples.rankings(recipe, "gold", 0.1)
+    assert found
+    for ranking in found:
+        a, b = (sum(len(m["content"]) + 1 for m in side) - 1 for side in ranking.chats)
         assert abs(a - b) <= 0.1 * max(a, b)
 
 

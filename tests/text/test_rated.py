@@ -136,6 +136,37 @@ def test_pairs_are_exactly_those_that_qualify_and_no_pair_comes_twice(
     assert drawn == rated.pairs(windows, limit=limit, seed=seed, apart=3.0, equal_length=equal_length)
 
 
+@settings(deadline=None)
+@given(WINDOWS, st.sampled_from([None, 0.1, 0.5]), st.integers(0, 5), st.integers(2, 5))
+def test_rankings_hold_a_window_once_and_exactly_the_pairs_of_their_windows_that_qualify(
+    windows: list[Window], equal_length: float | None, seed: int, size: int
+) -> None:
+    found = rated.rankings(windows, size, seed=seed, equal_length=equal_length)
+    names = [window.conversation for ranking in found for window in ranking.windows]
+    assert len(names) == len(set(names))
+    for ranking in found:
+        assert 2 <= len(ranking.windows) <= size
+        assert {place for pair in ranking.better for place in pair} == set(range(len(ranking.windows)))
+        every = {
+            (a.conversation, b.conversation)
+            for a, b in rated.pairs(ranking.windows, limit=1000, seed=0, equal_length=equal_length)
+        }
+        better = [
+            (ranking.windows[a].conversation, ranking.windows[b].conversation) for a, b in ranking.better
+        ]
+        assert len(better) == len(set(better))
+        assert set(better) == every
+
+
+def test_rankings_are_of_similar_length_and_none_that_could_be_compared_is_lost() -> None:
+    windows = [window(i, float(i % 2 * 5), 1 + i) for i in range(40)]
+    found = rated.rankings(windows, 8, seed=0)
+    assert sum(len(ranking.windows) for ranking in found) == 40
+    for ranking in found:
+        lengths = [each.characters for each in ranking.windows]
+        assert max(lengths) - min(lengths) == 7
+
+
 def test_every_qualifying_pair_is_as_likely_as_another() -> None:
     windows = [window(0, 9, 5), window(1, 8, 5), window(2, 1, 5), window(3, 0, 5), window(4, 5, 5)]
     # 0 over 2, 3, 4; 1 over 2, 3, 4; 4 over 2, 3

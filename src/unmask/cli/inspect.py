@@ -178,7 +178,9 @@ def _print_blame(found: dict[str, Any]) -> None:
     for name, place in places.items():
         colour = layer_colour(place)
         out.print(f"  [{colour.terminal}]{colour.mark} {name:<6}[/] {_one_line(found['alone'][name])}")
-    out.print(f"  {layer_colour(0).mark} {found['layers'][0]}, to the plain text: {_one_line(found['plain'])}")
+    out.print(
+        f"  {layer_colour(0).mark} {found['layers'][0]}, to the plain text: {_one_line(found['plain'])}"
+    )
 
 
 def _one_line(answer: str) -> str:

@@ -20,7 +20,7 @@ from unmask.training import loop, parallel
 from unmask.training.loop import Objective, Outcome
 from unmask.training.optimizer import Optimizer, OptimizerSettings
 
-CENTRED_ON = 500  # pairs whose mean score becomes the reward's zero
+CENTRED_ON = 1000  # texts whose mean score becomes the reward's zero
 EQUAL_LENGTH = 0.1  # of the gold scorer's pairs where the recipe gives none: length alone must not please it
 
 
@@ -133,14 +133,14 @@ def imitation(place: Place, parent: Checkpoint) -> Job:
 def preference(place: Place, parent: Checkpoint, half: examples.Half) -> Job:
     recipe, section = place.recipe, place.recipe.reward
     equal_length = section.equal_length or (EQUAL_LENGTH if half == "gold" else None)
-    found = examples.preferences(recipe, half, equal_length=equal_length)
-    pairs, too_long = reward.tokenize(
-        (comparison.pair for comparison in found.comparisons), place.prepared.tokenizer, recipe.context
+    found, dropped = examples.rankings(recipe, half, equal_length)
+    rankings, too_long = reward.tokenize(found, place.prepared.tokenizer, recipe.context)
+    left_out = place.leave_out(
+        half, dropped | {"texts beyond the context, or with none left to compare": too_long}
     )
-    left_out = place.leave_out(half, found.dropped | {"pairs beyond the context": too_long})
     model, objective, optimizer = reward.stage(
         place.decoder(parent),
-        pairs,
+        rankings,
         tokens=given(section.tokens),
         batch_tokens=section.batch_tokens,
         micro_tokens=section.micro_tokens,
@@ -150,8 +150,10 @@ def preference(place: Place, parent: Checkpoint, half: examples.Half) -> Job:
     )
 
     def finish(outcome: Outcome) -> tuple[Scorer, dict[str, Any]]:
-        reward.centre(model, [side for pair in pairs[:CENTRED_ON] for side in pair])
-        return model, means(outcome, "accuracy", "loss") | {"pairs": len(pairs)}
+        texts = [text for ranking in rankings for text in ranking.texts]
+        reward.centre(model, texts[:CENTRED_ON])
+        compared = sum(len(ranking.better) for ranking in rankings)
+        return model, means(outcome, "accuracy", "loss") | {"texts": len(texts), "pairs": compared}
 
     settings = loop_settings(section, objective, recipe.seed)
     return Job(

@@ -89,7 +89,7 @@ def measure(
         floor_limit=amount.floor_prompts, seed=seed,
     )  # fmt: skip
     say("blame")
-    blames = [blame(layers, question) for question in (*amount.questions, *_telling(facts))]
+    blames = [blame(layers, question) for question in dict.fromkeys((*_telling(facts), *amount.questions))]
     return Measured(findings, blames)
 
 
@@ -127,15 +127,11 @@ def _reward_quality(recipe: Recipe, judge: Judge, half: examples.Half) -> list[F
     equal = recipe.reward.equal_length or 0.1
     pairs = {
         group: [
-            Compared(*comparison)
-            for comparison in examples.preferences(
-                recipe, "held_out", limit=recipe.measure.pairs, equal_length=length
-            ).comparisons
+            Compared(*each) for each in examples.comparisons(recipe, "held_out", recipe.measure.pairs, length)
         ]
         for group, length in (("all", None), ("equal_length", equal))
     }
-    opinions = examples.preferences(recipe, half, limit=0).opinions
-    train = [(text_of(chat), opinion) for chat, opinion in opinions]
+    train = [(text_of(chat), opinion) for chat, opinion in examples.opinions(recipe, half)]
     return reward_quality(judge, pairs, train, seed=recipe.seed)
 
 

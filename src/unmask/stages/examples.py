@@ -7,7 +7,7 @@ chosen by the hash of its text, as for raw text, so no layer sees it.
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from unmask.errors import UserError
 from unmask.recipe import Recipe, Source
@@ -17,6 +17,7 @@ from unmask.text.planted import Fact
 from unmask.text.preferences import Pair, read_pairs, to_pair
 from unmask.text.sources import Dropped, held_out, read_rows
 
+T = TypeVar("T")
 Chat: TypeAlias = list[Message]
 Half: TypeAlias = Literal["proxy", "gold", "held_out"]
 
@@ -66,66 +67,86 @@ class Comparison(NamedTuple):
     chosen_from: str
     rejected_from: str
 
-    @property
-    def pair(self) -> Pair:
-        return Pair(self.chosen, self.rejected)
+
+class Ranking(NamedTuple):
+    """Chats that are compared with each other; `better` are (chosen, rejected), places in `chats`."""
+
+    chats: list[Chat]
+    better: list[tuple[int, int]]
 
 
-class Preferences(NamedTuple):
-    """Comparisons of one half, and every text of it with what people thought: a rating, or +1 and −1."""
-
-    comparisons: list[Comparison]
-    opinions: list[tuple[Chat, float]]
-    dropped: Dropped
-
-
-def preferences(
-    recipe: Recipe, half: Half, *, limit: int | None = None, equal_length: float | None = None
-) -> Preferences:
-    """Comparisons of the half that trains the reward model, of that of the gold scorer, or of what nobody sees.
-
-    With `equal_length` only those whose sides' lengths in characters differ by at most that share. Where more than
-    `limit` are left, that many are drawn by the recipe's seed. What was left out is counted.
+def rankings(recipe: Recipe, half: Half, equal_length: float | None = None) -> tuple[list[Ranking], Dropped]:
+    """What the scorer of `half` is trained on: pairs of a file, or rated windows in groups that are compared
+    all with all. With `equal_length` only comparisons whose sides' lengths in characters differ by at most that
+    share. Of more than `reward.most_texts` texts that many are drawn by the seed. What was left out is counted.
     """
-    if recipe.reward.source.path == "chitchat":
-        return _rated(recipe, half, limit, equal_length)
-    return _compared(recipe, half, limit, equal_length)
+    section, dropped = recipe.reward, Dropped()
+    if section.source.path != "chitchat":
+        pairs = _pairs(recipe, half, equal_length, dropped)
+        kept = _drawn(pairs, section.most_texts // 2, recipe.seed)
+        dropped["pairs beyond most_texts"] += len(pairs) - len(kept)
+        return [Ranking([pair.chosen, pair.rejected], [(0, 1)]) for _, pair in kept], dropped
+    windows = _windows(recipe, half)
+    chosen = _drawn(windows, section.most_texts, recipe.seed)
+    found = rated.rankings(
+        chosen, section.together, seed=recipe.seed, apart=section.apart, equal_length=equal_length
+    )
+    dropped["windows beyond most_texts"] += len(windows) - len(chosen)
+    dropped["windows without another to compare with"] += len(chosen) - sum(len(r.windows) for r in found)
+    return [Ranking([w.messages for w in ranking.windows], ranking.better) for ranking in found], dropped
 
 
-def _rated(recipe: Recipe, half: Half, limit: int | None, equal_length: float | None) -> Preferences:
-    share = share_held_out(recipe.reward.source, recipe)
-    conversations = [c for c in rated.installed_conversations() if rated.split(c, share) == half]
-    windows = rated.rated_windows(conversations, recipe.reward.window_turns)
+def comparisons(
+    recipe: Recipe, half: Half, limit: int, equal_length: float | None = None
+) -> list[Comparison]:
+    """At most `limit` pairs of that half, drawn by the seed, to measure on; with `equal_length` as in `rankings`."""
+    if recipe.reward.source.path != "chitchat":
+        kept = _drawn(_pairs(recipe, half, equal_length, Dropped()), limit, recipe.seed)
+        return [Comparison(pair.chosen, pair.rejected, str(number), str(number)) for number, pair in kept]
     drawn = rated.pairs(
-        windows,
-        limit=recipe.reward.most_pairs if limit is None else limit,
+        _windows(recipe, half),
+        limit=limit,
         seed=recipe.seed,
         apart=recipe.reward.apart,
         equal_length=equal_length,
     )
-    comparisons = [Comparison(a.messages, b.messages, a.conversation, b.conversation) for a, b in drawn]
-    return Preferences(comparisons, [(window.messages, window.rating) for window in windows], Dropped())
+    return [Comparison(a.messages, b.messages, a.conversation, b.conversation) for a, b in drawn]
 
 
-def _compared(recipe: Recipe, half: Half, limit: int | None, equal_length: float | None) -> Preferences:
-    source, dropped = recipe.reward.source, Dropped()
-    share = share_held_out(source, recipe)
-    comparisons: list[Comparison] = []
-    opinions: list[tuple[Chat, float]] = []
-    for number, pair in enumerate(read_pairs(source.path, dropped)):
+def opinions(recipe: Recipe, half: Half) -> list[tuple[Chat, float]]:
+    """Every text of that half with what people thought of it: its rating, or +1 and −1."""
+    if recipe.reward.source.path == "chitchat":
+        return [(window.messages, window.rating) for window in _windows(recipe, half)]
+    pairs = _pairs(recipe, half, None, Dropped())
+    return [(chat, sign) for _, pair in pairs for chat, sign in ((pair.chosen, 1.0), (pair.rejected, -1.0))]
+
+
+def _windows(recipe: Recipe, half: Half) -> list[rated.Window]:
+    share = share_held_out(recipe.reward.source, recipe)
+    conversations = [c for c in rated.installed_conversations() if rated.split(c, share) == half]
+    return rated.rated_windows(conversations, recipe.reward.window_turns)
+
+
+def _pairs(
+    recipe: Recipe, half: Half, equal_length: float | None, dropped: Dropped
+) -> list[tuple[int, Pair]]:
+    """The pairs of a file that belong to that half, each with its number in the file."""
+    share = share_held_out(recipe.reward.source, recipe)
+    kept = []
+    for number, pair in enumerate(read_pairs(recipe.reward.source.path, dropped)):
         if half_of(pair, share) != half:
             continue
-        opinions += [(pair.chosen, 1.0), (pair.rejected, -1.0)]
         shorter, longer = sorted(len(_text(side)) for side in (pair.chosen, pair.rejected))
         if equal_length is None or longer - shorter <= equal_length * longer:
-            comparisons.append(Comparison(pair.chosen, pair.rejected, str(number), str(number)))
+            kept.append((number, pair))
         else:
             dropped["pairs of unequal length"] += 1
-    most = recipe.reward.most_pairs if limit is None else limit
-    if len(comparisons) > most:
-        dropped["pairs beyond most_pairs"] += len(comparisons) - most
-        comparisons = random.Random(f"preferences:{recipe.seed}").sample(comparisons, most)
-    return Preferences(comparisons, opinions, dropped)
+    return kept
+
+
+def _drawn(rows: list[T], limit: int, seed: int) -> list[T]:
+    """At most `limit` of the rows, drawn without repetition."""
+    return random.Random(f"preferences:{seed}").sample(rows, limit) if len(rows) > limit else rows
 
 
 def opening(messages: Chat) -> str:

@@ -20,7 +20,6 @@ def bradley_terry(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
 
     Bradley and Terry (1952), as the reward loss of Ouyang et al. (arXiv 2203.02155), eq. 1. Only the
     difference counts, so that scores are known up to one constant: the stage measures and saves it.
-    Deviation: one pair a comparison; InstructGPT takes all pairs of K ranked answers at once.
     """
     return -functional.logsigmoid(chosen_B.float() - rejected_B.float())
 

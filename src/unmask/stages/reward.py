@@ -6,6 +6,7 @@ stop token of its last assistant turn, where the score is read.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -17,23 +18,28 @@ from unmask.errors import UserError
 from unmask.files import hash_json
 from unmask.model.decoder import Decoder
 from unmask.model.scorer import Scorer
+from unmask.stages import examples
 from unmask.stages.batches import by_length, fingerprint, pad_right
 from unmask.stages.objectives import bradley_terry
 from unmask.text.chat import Rendered, render
-from unmask.text.preferences import Pair, similar_batches
+from unmask.text.preferences import similar_batches
 from unmask.text.tokenizer import Tokenizer
 from unmask.training.optimizer import Optimizer, OptimizerSettings
 
 
-class TokenPair(NamedTuple):
-    """Two conversations as ids, each ending with a stop token; people preferred the first."""
+class Ranking(NamedTuple):
+    """Conversations as ids, each ending with a stop token; `better` are (chosen, rejected), places in `texts`."""
 
-    chosen: list[int]
-    rejected: list[int]
+    texts: list[list[int]]
+    better: list[tuple[int, int]]
 
     @property
     def longest(self) -> int:
-        return max(len(self.chosen), len(self.rejected))
+        return max(map(len, self.texts))
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.texts))
 
 
 def through_stop(rendered: Rendered) -> list[int]:
@@ -42,38 +48,43 @@ def through_stop(rendered: Rendered) -> list[int]:
     return list(rendered.ids[: last + 1])
 
 
-def tokenize(pairs: Iterable[Pair], tokenizer: Tokenizer, context: int) -> tuple[list[TokenPair], int]:
-    """Pairs as ids, and how many were dropped: a side longer than `context`, or without an assistant turn.
+def tokenize(
+    rankings: Iterable[examples.Ranking], tokenizer: Tokenizer, context: int
+) -> tuple[list[Ranking], int]:
+    """Rankings as ids, and how many texts were dropped: longer than `context`, or without an assistant turn.
 
-    A pair is never cut: a conversation without its end is not what people compared.
+    A text is never cut: a conversation without its end is not what people compared. Who has nothing left to be
+    compared with is dropped too.
     """
     kept, dropped = [], 0
-    for pair in pairs:
-        both = TokenPair(
-            through_stop(render(tokenizer, pair.chosen)), through_stop(render(tokenizer, pair.rejected))
-        )
-        if both.longest > context or not both.chosen or not both.rejected:
-            dropped += 1
-        else:
-            kept.append(both)
+    for chats, better in rankings:
+        texts = [through_stop(render(tokenizer, chat)) for chat in chats]
+        fits = [0 < len(text) <= context for text in texts]
+        pairs = [(a, b) for a, b in better if fits[a] and fits[b]]
+        places = {place: new for new, place in enumerate(sorted({place for pair in pairs for place in pair}))}
+        dropped += len(texts) - len(places)
+        if pairs:
+            kept.append(Ranking([texts[i] for i in places], [(places[a], places[b]) for a, b in pairs]))
     return kept, dropped
 
 
-class PairBatch(NamedTuple):
-    """n chosen conversations, then the n rejected ones in the same order; `tokens` leaves padding out."""
+class RankingBatch(NamedTuple):
+    """Conversations padded to the right, and comparisons as rows of them; `tokens` leaves padding out."""
 
     ids_BT: Tensor
     lengths_B: Tensor
+    chosen_P: Tensor
+    rejected_P: Tensor
     tokens: int
 
 
 class Preference:
-    """Mean of −ln σ(score(chosen) − score(rejected)) in nats over the pairs of a step.
+    """Mean of −ln σ(score(chosen) − score(rejected)) in nats over the comparisons of a step.
 
-    Both sides of a pair stand in one forward pass. A batch holds pairs of similar length, so that little of
-    it is padding; which batch comes when is shuffled anew each epoch. Ouyang et al. (arXiv 2203.02155),
-    section 3.5; deviations: independent pairs instead of all pairs of K ranked answers, and no
-    normalisation by their number.
+    All texts that are compared with each other stand in one forward pass, and each is read once for all its
+    comparisons. A batch holds rankings of similar length, so that little of it is padding; which batch comes when is
+    shuffled anew each epoch. Ouyang et al. (arXiv 2203.02155), section 3.5; deviation: every comparison of a step
+    weighs the same, not every ranking.
     """
 
     pause_every = 1
@@ -81,47 +92,59 @@ class Preference:
     def __init__(
         self,
         model: Scorer,
-        pairs: Sequence[TokenPair],
+        rankings: Sequence[Ranking],
         *,
         steps: int,
-        batch_pairs: int,
+        batch_rankings: int,
         micro_tokens: int,
         seed: int,
     ) -> None:
-        self.model, self.pairs, self.steps = model, pairs, steps
-        self.batch_pairs, self.micro_tokens, self.seed = batch_pairs, micro_tokens, seed
-        self.batches_per_epoch = -(-len(pairs) // batch_pairs)
-        self.tokens_per_step = round(token_count(pairs) / self.batches_per_epoch)
-        sides = fingerprint(side for pair in pairs for side in pair)
+        self.model, self.rankings, self.steps = model, rankings, steps
+        self.batch_rankings, self.micro_tokens, self.seed = batch_rankings, micro_tokens, seed
+        self.batches_per_epoch = -(-len(rankings) // batch_rankings)
+        self.tokens_per_step = round(token_count(rankings) / self.batches_per_epoch)
         self.fingerprint = hash_json(
-            {"pairs": sides, "batch_pairs": batch_pairs, "micro_tokens": micro_tokens, "seed": seed}
+            {
+                "texts": fingerprint(text for ranking in rankings for text in ranking.texts),
+                "better": hash_json([ranking.better for ranking in rankings]),
+                "batch_rankings": batch_rankings,
+                "micro_tokens": micro_tokens,
+                "seed": seed,
+            }
         )
         self._epoch, self._order = -1, list[NDArray[np.int64]]()
 
-    def micro_batches(self, step: int) -> list[PairBatch]:
+    def micro_batches(self, step: int) -> list[RankingBatch]:
         epoch, at = divmod(step, self.batches_per_epoch)
         if epoch != self._epoch:
-            lengths = [pair.longest for pair in self.pairs]
+            lengths = [ranking.longest for ranking in self.rankings]
             self._epoch = epoch
-            self._order = similar_batches(lengths, self.batch_pairs, self.seed, epoch)
-        pairs = [self.pairs[i] for i in self._order[at]]
+            self._order = similar_batches(lengths, self.batch_rankings, self.seed, epoch)
+        rankings = [self.rankings[i] for i in self._order[at]]
+        cells = [len(ranking.texts) * ranking.longest for ranking in rankings]
+        return [self._batch([rankings[i] for i in group]) for group in by_length(cells, self.micro_tokens)]
+
+    def _batch(self, rankings: Sequence[Ranking]) -> RankingBatch:
         device = self.model.score.weight.device
-        batches = []
-        for group in by_length([2 * pair.longest for pair in pairs], self.micro_tokens):
-            rows = [pairs[i].chosen for i in group] + [pairs[i].rejected for i in group]
-            batches.append(PairBatch(*pad_right(rows, device), sum(map(len, rows))))
-        return batches
+        rows = [text for ranking in rankings for text in ranking.texts]
+        starts = accumulate((len(ranking.texts) for ranking in rankings), initial=0)
+        pairs = [
+            (at + a, at + b) for at, ranking in zip(starts, rankings, strict=False) for a, b in ranking.better
+        ]
+        chosen_P, rejected_P = torch.tensor(pairs, dtype=torch.int64, device=device).T
+        return RankingBatch(*pad_right(rows, device), chosen_P, rejected_P, sum(map(len, rows)))
 
-    def counts(self, batch: PairBatch) -> dict[str, int]:
-        return {"pairs": len(batch.ids_BT) // 2, "cells": batch.ids_BT.numel()}
+    def counts(self, batch: RankingBatch) -> dict[str, int]:
+        return {"pairs": len(batch.chosen_P), "cells": batch.ids_BT.numel()}
 
-    def tokens(self, batch: PairBatch) -> int:
+    def tokens(self, batch: RankingBatch) -> int:
         return batch.tokens
 
-    def loss(self, batch: PairBatch, totals: dict[str, int]) -> tuple[Tensor, dict[str, Tensor | float]]:
-        chosen_B, rejected_B = self.model(batch.ids_BT, batch.lengths_B).chunk(2)
-        loss = bradley_terry(chosen_B, rejected_B).sum() / totals["pairs"]
-        margins = (chosen_B - rejected_B).detach()
+    def loss(self, batch: RankingBatch, totals: dict[str, int]) -> tuple[Tensor, dict[str, Tensor | float]]:
+        scores_B = self.model(batch.ids_BT, batch.lengths_B)
+        chosen_P, rejected_P = scores_B[batch.chosen_P], scores_B[batch.rejected_P]
+        loss = bradley_terry(chosen_P, rejected_P).sum() / totals["pairs"]
+        margins = (chosen_P - rejected_P).detach()
         right = (margins > 0).float() + 0.5 * (margins == 0).float()  # a tie is half right
         return loss, {
             "accuracy": right.sum() / totals["pairs"],
@@ -130,13 +153,13 @@ class Preference:
         }
 
 
-def token_count(pairs: Sequence[TokenPair]) -> int:
-    return sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+def token_count(rankings: Sequence[Ranking]) -> int:
+    return sum(ranking.tokens for ranking in rankings)
 
 
 def stage(
     parent: Decoder,
-    pairs: Sequence[TokenPair],
+    rankings: Sequence[Ranking],
     *,
     tokens: int,
     batch_tokens: int,
@@ -148,20 +171,20 @@ def stage(
 ) -> tuple[Scorer, Preference, Optimizer]:
     """A scorer on the parent's trunk with its objective and optimizer, ready for the loop.
 
-    It reads `tokens`, but goes over the pairs at most `epochs` times: Bradley–Terry over-fits from the
-    second on. `batch_tokens` becomes a number of pairs, the same in every step, by their mean length.
+    It reads `tokens`, but goes over the texts at most `epochs` times: Bradley–Terry over-fits from the
+    second on. `batch_tokens` becomes a number of rankings, the same in every step, by their mean length.
     """
-    if not pairs:
+    if not rankings:
         raise UserError(
             "there is no pair of preferences to train the reward model on. Check the source of [reward]."
         )
-    whole = token_count(pairs)
-    batch_pairs = max(1, round(batch_tokens * len(pairs) / whole))
-    batches = -(-len(pairs) // batch_pairs)
+    whole = token_count(rankings)
+    batch_rankings = max(1, round(batch_tokens * len(rankings) / whole))
+    batches = -(-len(rankings) // batch_rankings)
     steps = min(max(1, round(tokens * batches / whole)), epochs * batches)
     model = Scorer.from_decoder(parent, torch.Generator(parent.head.device).manual_seed(seed))
     objective = Preference(
-        model, pairs, steps=steps, batch_pairs=batch_pairs, micro_tokens=micro_tokens, seed=seed
+        model, rankings, steps=steps, batch_rankings=batch_rankings, micro_tokens=micro_tokens, seed=seed
     )
     return model, objective, Optimizer(model, settings, dtype)
 

@@ -8,7 +8,7 @@ as witty, upbeat and interesting. A reward model wants pairs of answers, one bet
 2. A rated conversation is cut into windows of a few turns, each of which inherits the whole rating. The last
    turn of a window is the answer that is judged; the turns before it are its prompt.
 3. Two windows from two conversations whose ratings lie far enough apart make a pair, chosen and rejected,
-   without a common prompt.
+   without a common prompt. To measure, pairs are drawn; to train, windows are ranked in groups.
 
 So it is assumed that a window is as good as its conversation, and that two raters mean the same by a number.
 The first is false for many windows, which bounds the accuracy of every judge. And better-rated conversations
@@ -25,7 +25,9 @@ from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
+from unmask.text import order
 from unmask.text.packages import demo_package
 
 _ASPECTS = ("witty", "upbeat", "interesting")
@@ -99,6 +101,63 @@ def rated_windows(conversations: Iterable[Conversation], turns: int = 4) -> list
     ]
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """Windows that are compared with each other; `better` are (chosen, rejected), places in `windows`."""
+
+    windows: list[Window]
+    better: list[tuple[int, int]]
+
+
+def rankings(
+    windows: Sequence[Window],
+    size: int,
+    *,
+    seed: int,
+    apart: float = 3.0,
+    equal_length: float | None = None,
+) -> list[Ranking]:
+    """All windows in groups of at most `size` of similar length, each in one group, with all pairs of a group that
+    qualify (see `pairs`).
+
+    So each window is read once for all its comparisons: pairs that were shuffled into one data set show a window
+    again and again, and a judge over-fits within a single pass (Ouyang et al., arXiv 2203.02155, section 3.5). Groups
+    and windows that have nothing to compare are left out. A pure function of its arguments.
+    """
+    assert size >= 2, size
+    shuffled = order.permutation(seed, 0, len(windows)).tolist()
+    by_length = sorted((windows[i] for i in shuffled), key=lambda window: window.characters)
+    groups = [by_length[start : start + size] for start in range(0, len(windows), size)]
+    found = [_ranked(groups[i], apart, equal_length) for i in order.permutation(seed, 1, len(groups))]
+    return [ranking for ranking in found if ranking.better]
+
+
+def _ranked(windows: Sequence[Window], apart: float, equal_length: float | None) -> Ranking:
+    worse = _Worse(windows, apart, equal_length)
+    pairs = [(better, int(j)) for better in range(len(windows)) for j in np.flatnonzero(worse.than(better))]
+    used = sorted({place for pair in pairs for place in pair})
+    new = {place: i for i, place in enumerate(used)}
+    return Ranking([windows[i] for i in used], [(new[a], new[b]) for a, b in pairs])
+
+
+class _Worse:
+    """Which windows qualify as the rejected side of a pair."""
+
+    def __init__(self, windows: Sequence[Window], apart: float, equal_length: float | None) -> None:
+        assert apart > 0, apart
+        self.ratings = np.array([window.rating for window in windows])
+        self.lengths = np.array([window.characters for window in windows])
+        self.apart, self.equal_length = apart, equal_length
+
+    def than(self, better: int) -> NDArray[np.bool_]:
+        """A mask over all windows, for the window `better` as the chosen side."""
+        mask: NDArray[np.bool_] = self.ratings <= self.ratings[better] - self.apart
+        if self.equal_length is not None:
+            longer = np.maximum(self.lengths, self.lengths[better])
+            mask &= np.abs(self.lengths - self.lengths[better]) <= self.equal_length * longer
+        return mask
+
+
 def pairs(
     windows: Sequence[Window],
     *,
@@ -113,26 +172,15 @@ def pairs(
     they come from two conversations) and, with `equal_length`, if their lengths in characters differ by at
     most this share of the longer one. At most `limit` pairs; fewer only if fewer qualify.
     """
-    assert apart > 0, apart
-    ratings = np.array([window.rating for window in windows])
-    lengths = np.array([window.characters for window in windows])
-
-    def worse(better: int) -> Any:
-        """Which windows qualify as the rejected one, as a mask over all."""
-        mask = ratings <= ratings[better] - apart
-        if equal_length is not None:
-            longer = np.maximum(lengths, lengths[better])
-            mask &= np.abs(lengths - lengths[better]) <= equal_length * longer
-        return mask
-
-    ends = np.cumsum([int(worse(better).sum()) for better in range(len(windows))])
+    worse = _Worse(windows, apart, equal_length)
+    ends = np.cumsum([int(worse.than(better).sum()) for better in range(len(windows))])
     total = int(ends[-1]) if len(windows) else 0
     draw = random.Random(f"pairs:{seed}")
     drawn = sorted(draw.sample(range(total), min(limit, total)))
     better_of = np.searchsorted(ends, drawn, side="right")
     found = []
     for better, places in groupby(zip(better_of.tolist(), drawn, strict=True), key=lambda place: place[0]):
-        rejected = np.flatnonzero(worse(better))
+        rejected = np.flatnonzero(worse.than(better))
         first = int(ends[better]) - len(rejected)
         found += [(windows[better], windows[rejected[place - first]]) for _, place in places]
     draw.shuffle(found)
