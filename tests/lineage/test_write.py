@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import decoder, write
+from pydantic import JsonValue
 
 from unmask.errors import UserError
 from unmask.lineage import Checkpoint, Lineage, Record
@@ -157,12 +158,20 @@ def test_the_card_names_base_and_relation(run: Path) -> None:
     assert matter["base_model_relation"] == "finetune"
     assert matter["library_name"] == "transformers"
     assert matter["pipeline_tag"] == "text-generation"
-    assert matter["datasets"] == ["addresses"]
+    assert "datasets" not in matter  # labels of ours name nothing on the Hub
     assert Checkpoint.open(run / "rl").hash in card
     root = front_matter((run / "base" / "README.md").read_text())
     assert "base_model" not in root
     assert "base_model_relation" not in root
     assert front_matter((run / "reward" / "README.md").read_text())["pipeline_tag"] == "text-classification"
+
+
+def test_the_card_names_the_data_sets_of_the_hub_that_a_stage_read(run: Path) -> None:
+    record = Checkpoint.open(run / "rl").record
+    assert record is not None
+    sources: list[JsonValue] = [{"path": "hf://a/b:config#train"}, {"path": "hf://c"}, {"path": "talk.jsonl"}]
+    recipe: dict[str, JsonValue] = {"sft": {"sources": sources}}
+    assert front_matter(model_card(record.model_copy(update={"recipe": recipe})))["datasets"] == ["a/b", "c"]
 
 
 def test_the_hub_reads_the_front_matter(run: Path) -> None:
@@ -176,8 +185,10 @@ def test_a_hostile_label_stays_in_its_cell(run: Path) -> None:
     record = Checkpoint.open(run / "rl").record
     assert record is not None
     label = "a | b\n---\n# heading: \"x\" 'y'"
-    card = model_card(record.model_copy(update={"data": {label: "f" * 64}}))
-    assert front_matter(card)["datasets"] == [label]
+    name = "a\n---\nb \"x\" 'y'"
+    hub: dict[str, JsonValue] = {"sources": [{"path": f"hf://{name}"}]}
+    card = model_card(record.model_copy(update={"data": {label: "f" * 64}, "recipe": hub}))
+    assert front_matter(card)["datasets"] == [name]
     assert "\n# heading" not in card.split("\n---\n", 1)[1]
     assert "a \\| b" in card
 

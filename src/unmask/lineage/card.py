@@ -1,6 +1,7 @@
 """README.md of a checkpoint: its record for people, with the front matter by which the Hub draws its tree."""
 
 import json
+import re
 from typing import Any
 
 from pydantic import JsonValue
@@ -30,8 +31,8 @@ def model_card(record: Record) -> str:
     }
     if parent is not None:
         matter |= {"base_model": parent.path, "base_model_relation": "finetune"}
-    if record.data:
-        matter["datasets"] = list(record.data)
+    if found := _hub_names(record.recipe):
+        matter["datasets"] = sorted(found)
     # JSON values are YAML values, and quote whatever YAML would read otherwise.
     front = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in matter.items())
     rows = {
@@ -53,6 +54,21 @@ def model_card(record: Record) -> str:
         "`unmask log .` verifies every tensor, the tokenizer, the chat template, the configuration and the "
         "record, and follows the chain to its root. The full recipe is in `unmask.json`.\n"
     )
+
+
+def _hub_names(recipe: JsonValue) -> set[str]:
+    """The data sets of the Hub among a recipe's sources: only these names mean something there."""
+    if isinstance(recipe, list):
+        return {name for each in recipe for name in _hub_names(each)}
+    if not isinstance(recipe, dict):
+        return set()
+    path = recipe.get("path")
+    here = (
+        {re.split("[:#]", path.removeprefix("hf://"))[0]}
+        if isinstance(path, str) and path.startswith("hf://")
+        else set()
+    )
+    return here | {name for each in recipe.values() for name in _hub_names(each)}
 
 
 def _brief(value: JsonValue) -> str:
