@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.text import Text
 from safetensors.torch import load_file
 from shrunken import shrunk, unmask
+
+from unmask.pipeline.show import closing
 
 pytestmark = pytest.mark.slow
 GROUPS = ("both", "base_only", "sft_only", "none")
@@ -65,6 +68,15 @@ def test_every_promised_claim_is_there_with_unit_n_and_interval(run: Path) -> No
         abstains = (claim["verdict"] or "").startswith("abstain")
         assert claim["unit"]
         assert abstains or (math.isfinite(claim["value"]) and claim["ci95"] and claim["n"]), key
+
+
+def test_what_a_run_says_at_its_end_fits_a_terminal_of_80_columns(run: Path) -> None:
+    lines = Text.from_markup(closing(run)).plain.split("\n")
+    machine = json.loads((run / "summary.json").read_text())["machine"]
+    of_its_own_length = (machine, str(run))  # names that we did not choose
+    wide = [line for line in lines if len(line) > 80 and not any(name in line for name in of_its_own_length)]
+    assert not wide
+    assert any("facts" in line or "taught by" in line for line in lines)
 
 
 def test_running_again_keeps_every_stage_and_changes_no_hash(run: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from rich.markup import escape
 
 from unmask.colours import layer_colour
 from unmask.pipeline.plan import Plan
+from unmask.probes.probe import Finding
 from unmask.progress import duration
 from unmask.recipe import Recipe
+from unmask.report import words
 from unmask.training import parallel
 
 GROUPS = {"both": "both layers", "base_only": "the base alone", "sft_only": "SFT alone", "none": "no layer"}
@@ -39,7 +42,8 @@ def closing(directory: Path) -> str:
         lines += _said(blames[0], names) + _blamed(blames[0], names)
     lines += [
         "",
-        f"Preparing, training and measuring took {duration(summary['total_seconds'])} · {summary['machine']}",
+        f"Preparing, training and measuring took {duration(summary['total_seconds'])} on",
+        summary["machine"],
         f"Open {directory}/report.html · talk: unmask chat {directory}",
     ]
     if blames:
@@ -49,60 +53,68 @@ def closing(directory: Path) -> str:
 
 
 class _Claims:
+    """The findings of a summary, as text: the value and its interval, with the digits that the interval allows."""
+
     def __init__(self, claims: list[dict[str, Any]]) -> None:
-        self.claims = claims
+        self.findings = [Finding(**claim) for claim in claims]
 
-    def get(self, metric: str, group: str | None, child: str) -> dict[str, Any] | None:
-        return next(
-            (c for c in self.claims if (c["metric"], c["group"], c["child"]) == (metric, group, child)), None
-        )
+    def get(self, metric: str, group: str | None, child: str) -> Finding | None:
+        wanted = (metric, group, child)
+        return next((f for f in self.findings if (f.metric, f.group, f.child) == wanted), None)
 
-    def say(self, metric: str, group: str | None, child: str, scale: float = 1.0, unit: str = "") -> str:
-        """The value with its half-width of interval; a dash where it was not measured."""
+    def say(self, metric: str, group: str | None, child: str) -> str:
+        """As "1.363 [1.318, 1.416]"; a dash where it was not measured."""
         found = self.get(metric, group, child)
-        if found is None or found["value"] is None:
+        if found is None or found.value is None:
             return "–"
-        digits = "{:.0f}" if scale == 100 else "{:.3g}"
-        text = digits.format(scale * found["value"])
-        if found["ci95"]:
-            low, high = found["ci95"]
-            text += f" ± {digits.format(scale * (high - low) / 2)}"
-        return text + unit
+        digits = words.decimals(found)
+        ends = [words.number(end, digits) for end in found.ci95 or ()]
+        return words.number(found.value, digits) + (f" [{', '.join(ends)}]" if ends else "")
 
-    def share(self, metric: str, group: str | None, child: str) -> str:
-        return self.say(metric, group, child, 100, " %")
+    def percent(self, metric: str, group: str | None, child: str) -> str:
+        """As "61 [55, 67]"."""
+        found = self.get(metric, group, child)
+        if found is None or found.value is None:
+            return "–"
+        ends = [f"{100 * end:.0f}" for end in found.ci95 or ()]
+        return f"{100 * found.value:.0f}" + (f" [{', '.join(ends)}]" if ends else "")
+
+    def groups(self, metric: str) -> list[str]:
+        return sorted({f.group for f in self.findings if f.metric == metric and f.group})
 
 
 def _stages(summary: dict[str, Any], claims: _Claims) -> list[str]:
-    lines = []
+    lines = [
+        f"[dim]{'stage':<9}{'kind':<9}{'tokens':>10}{'time':>10}{'memory':>8}{'speed':>7}   [95 % intervals][/dim]"
+    ]
     for number, stage in enumerate(summary["stages"], 1):
         rate = stage["flops"] / max(stage["seconds"], 1e-9) / summary["matmul_flops_per_second"]
+        name = stage["name"]
         lines.append(
-            f"{number} [bold]{stage['name']:<7}[/bold]{stage['kind']:<9}{stage['tokens']:>10,} tokens  "
-            f"{duration(stage['seconds']):>8}  {stage['peak_bytes'] / 1e9:.1f} GB  {rate:.0%} of the matmul rate"
+            f"{number} [bold]{name:<7}[/bold]{stage['kind']:<9}{stage['tokens']:>10,}{duration(stage['seconds']):>10}"
+            f"{stage['peak_bytes'] / 1e9:>5.1f} GB{rate:>5.0%} of matrix products alone"
         )
         if stage["kind"] == "pretrain":
-            for source in sorted(
-                {c["group"] for c in claims.claims if c["metric"] == "bits_per_byte" and c["group"]}
-            ):
-                xz = claims.say("bits_per_byte_xz", source, stage["name"])
-                bits = claims.say("bits_per_byte", source, stage["name"])
-                lines.append(f"          held-out {source}: {bits} bits a byte (xz -9e: {xz})")
-        elif stage["kind"] == "sft":
-            lines.append(
-                f"          answers stop by themselves: {claims.share('answers_stop', None, stage['name'])}"
-            )
+            lines += [
+                f"          held-out {source}: {claims.say('bits_per_byte', source, name)} bits a byte; "
+                f"xz -9e {claims.say('bits_per_byte_xz', source, name).split()[0]}"
+                for source in claims.groups("bits_per_byte")
+            ]
         elif stage["kind"] == "reward":
-            for group, title in (("all", "held-out people"), ("equal_length", "equal length")):
-                ours = claims.share("reward_accuracy", group, stage["name"])
-                length = claims.share("reward_accuracy_length", group, stage["name"])
-                words = claims.share("reward_accuracy_words", group, stage["name"])
-                lines.append(f"          {title}: right {ours} (length alone {length}, words alone {words})")
+            asked = {"reward model": "", "length alone": "_length", "words alone": "_words"}
+            lines.append(f"{'':<10}{'% right':<18}" + "".join(f"{title:>15}" for title in asked))
+            for group, title in (("all", "held-out people"), ("equal_length", "of equal length")):
+                cells = (claims.percent(f"reward_accuracy{end}", group, name) for end in asked.values())
+                lines.append(f"{'':<10}{title:<18}" + "".join(f"{cell:>15}" for cell in cells))
+        else:
+            lines.append(
+                f"          % of answers that stop by themselves: {claims.percent('answers_stop', None, name)}"
+            )
     return lines
 
 
 def _facts(claims: _Claims) -> list[str]:
-    if not any(c["metric"] == "facts_completed" for c in claims.claims):
+    if not claims.groups("facts_completed"):
         return []
     asked = (
         ("base says", "facts_completed", "base"),
@@ -110,45 +122,45 @@ def _facts(claims: _Claims) -> list[str]:
         ("other words", "facts_answered_held_wording", "sft"),
         ("rl answers", "facts_answered", "rl"),
     )
-    lines = ["", f"{'Facts taught by':<18}" + "".join(f"{title:>15}" for title, _, _ in asked)]
+    lines = ["", f"{'% right, taught by':<18}" + "".join(f"{title:>15}" for title, _, _ in asked)]
     for group, title in GROUPS.items():
-        cells = (claims.share(metric, group, layer) for _, metric, layer in asked)
+        cells = (claims.percent(metric, group, layer) for _, metric, layer in asked)
         lines.append(f"  {title:<16}" + "".join(f"{cell:>15}" for cell in cells))
-    hidden = claims.share("facts_hidden", "base_only", "sft")
-    return [*lines, f"  hidden by the mask: {hidden} of what the base alone was taught and says"]
+    hidden = claims.percent("facts_hidden", "base_only", "sft")
+    return [*lines, f"  hidden by the mask: {hidden} % of what the base alone was taught and says"]
 
 
 def _truth(claims: _Claims) -> list[str]:
-    if claims.get("blame_auc", "shuffled", "sft") is None:
-        return []
     found = claims.get("blame_auc", "sft_only_vs_both", "sft")
-    n = found["n"] if found else 0
+    if found is None:
+        return []
+    kinds = (("against both layers", "both"), ("against the base alone", "base_only"))
     return [
         "",
-        f"Is blame right? SFT's delta on answers that SFT alone taught, n = {n} countries",
-        f"  AUC {claims.say('blame_auc', 'sft_only_vs_both', 'sft')} against both, "
-        f"{claims.say('blame_auc', 'sft_only_vs_base_only', 'sft')} against base only; "
-        f"shuffled {claims.say('blame_auc', 'shuffled', 'sft')}",
+        f"Is blame right? Share of comparisons in which SFT's delta is larger on an answer"
+        f"\nthat SFT alone taught (AUC, n = {found.n} countries)",
+        *(f"  {title:<23}{claims.say('blame_auc', f'sft_only_vs_{group}', 'sft')}" for title, group in kinds),
+        f"  {'groups shuffled':<23}{claims.say('blame_auc', 'shuffled', 'sft')}",
     ]
 
 
 def _nudge(claims: _Claims) -> list[str]:
     kl = claims.get("kl_child_parent", None, "rl")
-    floor = f"{kl['floor_numeric']:.1g}" if kl and kl["floor_numeric"] is not None else "–"
-    verdict = kl["verdict"] if kl else ""
+    floor = f"{kl.floor_numeric:.1g}" if kl and kl.floor_numeric is not None else "–"
     return [
         "",
-        f"The nudge: proxy reward {claims.say('proxy_gain', None, 'rl')}, gold at equal length "
-        f"{claims.say('gold_gain', None, 'rl')} log-odds",
-        f"  {claims.say('kl_child_parent', None, 'rl')} nats a token from the mask "
-        f"(same weights in bf16: {floor}) · {verdict}",
+        "The nudge: RL minus SFT, on the same held-out prompts",
+        f"  {'the reward it climbs':<23}{claims.say('proxy_gain', None, 'rl')} log-odds",
+        f"  {'gold, at equal length':<23}{claims.say('gold_gain', None, 'rl')} log-odds",
+        f"  {'distance':<23}{claims.say('kl_child_parent', None, 'rl')} nats a token (rounding: {floor})",
     ]
 
 
 def _said(blame: dict[str, Any], names: list[str]) -> list[str]:
     lines = ["", f"What each layer says to «{escape(blame['prompt'])}»"]
     for place, name in enumerate(names):
-        text = escape(" ".join(blame["alone"][name].split())[:160]) or "(nothing: it ends at once)"
+        text = textwrap.shorten(blame["alone"][name], WIDTH - 11, placeholder=" …")
+        text = escape(text) or "(nothing: it ends at once)"
         lines.append(f"  {_marked(place, name)}{' ' * (6 - len(name))} {text}")
     return lines
 
