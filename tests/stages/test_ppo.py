@@ -19,7 +19,7 @@ from unmask.errors import Interrupted, UserError
 from unmask.progress import Progress
 from unmask.stages import ppo, pretrain
 from unmask.stages.ppo import PPO, ActorCritic, PPOSettings
-from unmask.stages.rollouts import Prompts, Reward, Rollout, Source, actions
+from unmask.stages.rollouts import Prompts, Reward, Rollout, Source, actions, answered
 from unmask.training import loop
 from unmask.training.optimizer import Optimizer
 
@@ -97,7 +97,7 @@ def test_the_samplers_log_probabilities_are_compared_with_the_trainers() -> None
     assert 0 <= numbers["sampler_gap_mean"] <= numbers["sampler_gap_max"] < 1e-4
 
 
-def test_values_are_read_before_each_action_and_less_the_reward_models_offset() -> None:
+def test_values_are_read_before_each_action_and_centred_and_scaled_as_rewards_are() -> None:
     """Three actions after a prompt of two: a critic that says its position must give 1, 2, 3."""
     _, objective, _ = begin()
 
@@ -108,8 +108,39 @@ def test_values_are_read_before_each_action_and_less_the_reward_models_offset() 
             return torch.arange(ids_BT.shape[1]).expand(ids_BT.shape).float()
 
     objective.model.critic = Position()  # type: ignore[assignment]
+    objective.scale = 0.25
     acts = actions(Rollout([[10, 11]], [answer([20, 21, STOP])]), [0], CPU)
-    assert objective._values(acts).tolist() == [1 - 0.5, 2 - 0.5, 3 - 0.5]
+    assert objective._values(acts).tolist() == [(1 - 0.5) * 4, (2 - 0.5) * 4, (3 - 0.5) * 4]
+
+
+def test_a_reward_model_with_larger_margins_teaches_the_same() -> None:
+    """β and the score of a truncated answer are in standard deviations of the SFT model's own answers."""
+
+    def experience(margin: float) -> ppo.Experience:
+        judge = scorer(2)
+        judge.score.weight.data *= margin
+        judge.config = replace(judge.config, reward_offset=0.3 * margin)
+        source = [Source("made up", PROMPTS, 1.0)]
+        _, objective, _ = ppo.stage(
+            decoder(1), judge, source, PPOSettings(**SETTINGS), stop_ids=STOPS, lr=1e-3, critic_lr=1e-3,
+            dtype=torch.float32, seed=5,
+        )  # fmt: skip
+        whole = [i for i, each in enumerate(objective.collect(0).rollout.answers) if each.finished]
+        assert 2 < len(whole) < SETTINGS["answers"]
+        return objective.collect(0)
+
+    one, other = experience(1.0), experience(8.0)
+    torch.testing.assert_close(one.returns_BA, other.returns_BA)
+    torch.testing.assert_close(one.values_BA, other.values_BA)
+    assert other.numbers["reward"] == pytest.approx(8 * one.numbers["reward"])  # logged in log-odds
+
+
+def test_scores_of_the_sft_models_answers_have_a_standard_deviation_of_one() -> None:
+    _, objective, _ = begin(answers=40)
+    asked = objective.prompts.draw(0, 160)
+    said = answered(objective.reference, asked, answer_tokens=8, stop_ids=STOPS, seed=5, rows=8)
+    whole = [i for i, each in enumerate(said.answers) if each.finished]
+    assert objective.reward(said)[whole].std().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_the_reward_is_the_score_at_the_stop_token_less_beta_times_k1_everywhere() -> None:
