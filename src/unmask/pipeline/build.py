@@ -22,11 +22,12 @@ from unmask.progress import Progress
 from unmask.recipe import Recipe, difference
 from unmask.stages.prepare import SCHEME, Prepared, prepare
 from unmask.text.sources import content_hash
-from unmask.training import loop
+from unmask.training import loop, parallel
 
 ORDER = ("base", "sft", "reward", "gold", "rl")  # gold: the second scorer, which no layer is trained on
 SECTIONS = {"base": "pretrain", "sft": "sft", "reward": "reward", "gold": "reward", "rl": "rl"}
 MEASURED = ("summary.json", "findings.jsonl", "blame.json", "report.html")  # they speak of the old stages
+RATE = "matmul_flops_per_second"  # of the machine, measured before each stage: another process may load it at times
 SHARED = ("seed", "depth", "context", "heldout", "tokenizer", "facts")
 
 
@@ -166,6 +167,7 @@ class Builder:
         started = time.monotonic()
         stage = job()
         setup = time.monotonic() - started
+        rate = parallel.matmul_rate(parallel.compute_dtype(self.device), device=self.device)
         self.begin(name)
         outcome = loop.train(
             stage.model,
@@ -194,7 +196,12 @@ class Builder:
             flops=training_flops(stage.model, outcome.tokens, self.recipe.context),
             seconds=setup + outcome.seconds,
             peak_bytes=outcome.peak_bytes,
-            metrics=metrics | {"skipped_steps": outcome.skipped_steps, "left_out": stage.left_out},
+            metrics={
+                **metrics,
+                "skipped_steps": outcome.skipped_steps,
+                "left_out": stage.left_out,
+                RATE: rate,
+            },
         )
         shutil.rmtree(work / "snapshots")  # the checkpoint holds what they were for
         return checkpoint

@@ -11,7 +11,7 @@ import torch
 from unmask.files import write_atomic
 from unmask.lineage import Checkpoint, load_layers
 from unmask.model.scorer import Scorer
-from unmask.pipeline.build import Built
+from unmask.pipeline.build import RATE, Built
 from unmask.probes.blame import Blame, blame
 from unmask.probes.blame_truth import blame_truth
 from unmask.probes.compression import compression
@@ -162,7 +162,11 @@ def write(
     write_atomic(directory / "prompts.jsonl", _lines(prompts))
     blames = json.dumps([blame.to_json() for blame in measured.blames], ensure_ascii=False)
     write_atomic(directory / "blame.json", blames.encode("utf-8", "replace"))
-    rate = parallel.matmul_rate(parallel.compute_dtype(device), device=device)
+    rates = [c.record.metrics.get(RATE) for c in built.all if c.record]
+    rate = max(
+        parallel.matmul_rate(parallel.compute_dtype(device), device=device),
+        *(float(each) for each in rates if isinstance(each, float)),
+    )
     stages = [_row(checkpoint, directory) for checkpoint in built.all if checkpoint != built.gold]
     parameters = sum(p.numel() for p in built.rl.model().parameters())
     summary = {
@@ -172,7 +176,7 @@ def write(
         "measure_seconds": seconds,
         "parameters": parameters,
         "machine": f"{parallel.describe(device)}; matrix products {rate / 1e9:,.0f} GFLOP/s measured",
-        "matmul_flops_per_second": rate,
+        RATE: rate,
         "stages": stages,
         "gold": _row(built.gold, directory) if built.gold else None,
         "claims": [finding.to_json() for finding in measured.findings if is_claim(finding, stages)],
