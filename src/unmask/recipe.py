@@ -117,14 +117,14 @@ class RlSection(Section):
     decay: float = Field(default=0.5, ge=0, le=1)
     lr_floor: float = Field(default=0.0, ge=0, le=1)
     clip: float = Field(default=1.0, gt=0)
-    kl: float = Field(default=0.1, ge=0)  # what a nat from SFT costs, in standard deviations of the reward
+    kl: float = Field(default=0.5, ge=0)  # what a nat from SFT costs, in standard deviations of the score
     gamma: float = Field(default=1.0, ge=0, le=1)
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     ratio_clip: float = Field(default=0.2, gt=0)
     value_clip: float = Field(default=0.2, gt=0)
     value_weight: float = Field(default=0.5, ge=0)
     ptx: float = Field(default=0.0, ge=0)  # weight of the pretraining loss, as PPO-ptx of InstructGPT
-    truncated_score: float = -2.0  # standard deviations: what an answer that does not stop gets for a score
+    truncated_score: float = -2.0  # what an answer that does not stop gets, in log-odds
     sources: tuple[Source, ...] = Field(min_length=1)
     snapshot_seconds: float = Field(default=120.0, gt=0)
 

@@ -16,9 +16,11 @@ from small_models import CONTEXT, CPU, END_OF_TEXT, STOP, VOCABULARY, answer, de
 from torch import Tensor
 
 from unmask.errors import Interrupted, UserError
+from unmask.model.scorer import Scorer
 from unmask.progress import Progress
 from unmask.stages import ppo, pretrain
 from unmask.stages.ppo import PPO, ActorCritic, PPOSettings
+from unmask.stages.reward import scores
 from unmask.stages.rollouts import Prompts, Reward, Rollout, Source, actions, answered
 from unmask.training import loop
 from unmask.training.optimizer import Optimizer
@@ -97,7 +99,7 @@ def test_the_samplers_log_probabilities_are_compared_with_the_trainers() -> None
     assert 0 <= numbers["sampler_gap_mean"] <= numbers["sampler_gap_max"] < 1e-4
 
 
-def test_values_are_read_before_each_action_and_centred_and_scaled_as_rewards_are() -> None:
+def test_values_are_read_before_each_action_and_less_the_reward_models_offset() -> None:
     """Three actions after a prompt of two: a critic that says its position must give 1, 2, 3."""
     _, objective, _ = begin()
 
@@ -108,39 +110,44 @@ def test_values_are_read_before_each_action_and_centred_and_scaled_as_rewards_ar
             return torch.arange(ids_BT.shape[1]).expand(ids_BT.shape).float()
 
     objective.model.critic = Position()  # type: ignore[assignment]
-    objective.scale = 0.25
     acts = actions(Rollout([[10, 11]], [answer([20, 21, STOP])]), [0], CPU)
-    assert objective._values(acts).tolist() == [(1 - 0.5) * 4, (2 - 0.5) * 4, (3 - 0.5) * 4]
+    assert objective._values(acts).tolist() == [1 - 0.5, 2 - 0.5, 3 - 0.5]
 
 
-def test_a_reward_model_with_larger_margins_teaches_the_same() -> None:
-    """β and the score of a truncated answer are in standard deviations of the SFT model's own answers."""
-
-    def experience(margin: float) -> ppo.Experience:
-        judge = scorer(2)
-        judge.score.weight.data *= margin
-        judge.config = replace(judge.config, reward_offset=0.3 * margin)
-        source = [Source("made up", PROMPTS, 1.0)]
-        _, objective, _ = ppo.stage(
-            decoder(1), judge, source, PPOSettings(**SETTINGS), stop_ids=STOPS, lr=1e-3, critic_lr=1e-3,
-            dtype=torch.float32, seed=5,
-        )  # fmt: skip
-        whole = [i for i, each in enumerate(objective.collect(0).rollout.answers) if each.finished]
-        assert 2 < len(whole) < SETTINGS["answers"]
-        return objective.collect(0)
-
-    one, other = experience(1.0), experience(8.0)
-    torch.testing.assert_close(one.returns_BA, other.returns_BA)
-    torch.testing.assert_close(one.values_BA, other.values_BA)
-    assert other.numbers["reward"] == pytest.approx(8 * one.numbers["reward"])  # logged in log-odds
+def spread_of(judge: Scorer, answers: int = 12) -> float:
+    prompts = Prompts([Source("made up", PROMPTS, 1.0)], room=40, seed=5)
+    settings = PPOSettings(**{**SETTINGS, "answers": answers})
+    return ppo.score_spread(decoder(1), judge, prompts, settings, STOPS, 5)
 
 
-def test_scores_of_the_sft_models_answers_have_a_standard_deviation_of_one() -> None:
-    _, objective, _ = begin(answers=40)
-    asked = objective.prompts.draw(0, 160)
-    said = answered(objective.reference, asked, answer_tokens=8, stop_ids=STOPS, seed=5, rows=8)
-    whole = [i for i, each in enumerate(said.answers) if each.finished]
-    assert objective.reward(said)[whole].std().item() == pytest.approx(1, abs=1e-4)
+def test_the_price_of_a_nat_grows_with_the_reward_models_margins_and_not_with_its_opinion_of_prompts() -> (
+    None
+):
+    judge = scorer(2)
+    plain = spread_of(judge)
+    judge.score.weight.data *= 8
+    judge.config = replace(judge.config, reward_offset=3.0)
+    assert spread_of(judge) == pytest.approx(8 * plain, rel=1e-5)
+
+    class OfThePrompt(torch.nn.Module):
+        """Scores by the first token alone."""
+
+        config, score = judge.config, judge.score
+
+        def forward(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
+            return ids_BT[:, 0].float()
+
+    assert spread_of(OfThePrompt()) == 0  # type: ignore[arg-type]
+
+
+def test_the_spread_is_that_of_the_score_between_answers_to_one_prompt() -> None:
+    judge, prompt = scorer(2), PROMPTS[1]
+    said = answered(decoder(1), [prompt] * 400, answer_tokens=8, stop_ids=STOPS, seed=9, rows=50)
+    texts = [[*prompt, *each.ids] for each in said.answers if each.finished]
+    prompts = Prompts([Source("one", [prompt], 1.0)], room=40, seed=5)
+    settings = PPOSettings(**{**SETTINGS, "answers": 200})
+    found = ppo.score_spread(decoder(1), judge, prompts, settings, STOPS, 5)
+    assert found == pytest.approx(scores(judge, texts).std().item(), rel=0.15)
 
 
 def test_the_reward_is_the_score_at_the_stop_token_less_beta_times_k1_everywhere() -> None:
@@ -156,7 +163,7 @@ def test_the_reward_is_the_score_at_the_stop_token_less_beta_times_k1_everywhere
         at = range(len(prompt) - 1, ids.shape[1] - 1)
         k1 = [float(tables[0][t, ids[0, t + 1]] - tables[1][t, ids[0, t + 1]]) for t in at]
         for i in range(len(said.ids)):
-            expected = row - 0.3 * sum(k1[i:])
+            expected = row - 0.3 * objective.spread * sum(k1[i:])
             assert experience.returns_BA[row, i].item() == pytest.approx(expected, abs=1e-3)
     assert experience.numbers["kl_child_parent"] != 0
 

@@ -203,7 +203,7 @@ def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint, gold: Che
 
     def finish(outcome: Outcome) -> tuple[Decoder, dict[str, Any]]:
         kept = ("reward", "kl_child_parent", "stop_rate", "answer_tokens", "explained_variance")
-        return model.policy, means(outcome, *kept) | {"reward_scale": objective.scale}
+        return model.policy, means(outcome, *kept) | {"score_spread": objective.spread}
 
     settings = loop_settings(section, objective, recipe.seed)
     shown = ("reward", "kl_child_parent", "stop_rate")

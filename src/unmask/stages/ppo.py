@@ -1,6 +1,7 @@
 """PPO as InstructGPT used it: a policy started from SFT learns from its own answers by a reward model."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -48,14 +49,14 @@ class PPOSettings:
     minibatches: int = 1
     micro_tokens: int = 8192  # of a forward pass, padding included
     rows: int = 64  # answers that are generated side by side
-    kl: float = 0.02  # β: standard deviations of the reward lost for each nat of kl_child_parent
+    kl: float = 0.5  # reward lost for each nat of kl_child_parent, in standard deviations: see PPO
     gamma: float = 1.0
     gae_lambda: float = 0.95
     ratio_clip: float = 0.2
     value_clip: float = 0.2
     value_weight: float = 0.5
     ptx: float = 0.0  # weight of the pretraining loss
-    truncated_score: float = -1.0  # standard deviations from the mean
+    truncated_score: float = -1.0
 
 
 class ActorCritic(nn.Module):
@@ -94,19 +95,19 @@ class Batch(NamedTuple):
 class PPO:
     """The PPO objective of the training loop.
 
-    Each rollout: prompts → answers at temperature 1 → the reward model's score, less its offset and over
-    `scale`, at the last action (a truncated answer gets a fixed score), less β·k1 to the SFT model at each
-    action → generalised advantages, whitened over the rollout → epochs × minibatches steps on clipped policy and
+    Each rollout: prompts → answers at temperature 1 → the reward model's score, less its offset, at the
+    last action (a truncated answer gets a fixed score), less β·k1 to the SFT model at each action →
+    generalised advantages, whitened over the rollout → epochs × minibatches steps on clipped policy and
     value losses, both divided by the actions of the whole step, plus the loss on raw text where `ptx` is
     given (PPO-ptx).
 
-    `scale` is the standard deviation of the score over the SFT model's own answers (Ziegler et al., arXiv
-    1909.08593, section 2.1), so that β and the score of a truncated answer mean the same whatever the reward
-    model's margins are.
+    β is `kl` times `spread`, the standard deviation of the score between the SFT model's answers to one
+    prompt (`score_spread`), so that `kl` means the same whatever the reward model's margins are, and however
+    much of its score is the prompt's, which no answer can change.
 
     Ouyang et al. (arXiv 2203.02155), section 3.5 and appendix C.4. Deviations: rewards are not whitened;
-    policy and critic share one clipped gradient norm; the critic's values are centred and scaled as the
-    rewards are; answers that reach the limit get a fixed score (so do Huang et al., arXiv
+    policy and critic share one clipped gradient norm; the critic's values are less the reward model's
+    offset, as the rewards are; answers that reach the limit get a fixed score (so do Huang et al., arXiv
     2403.17031) and nothing is bootstrapped after them.
 
     The log-probabilities that ratios start from are computed here, with the code, dtype and padding of the
@@ -125,7 +126,7 @@ class PPO:
         *,
         stop_ids: Sequence[int],
         seed: int,
-        scale: float = 1.0,
+        spread: float = 1.0,
         text: pretrain.Pretraining | None = None,
         gold: Scorer | None = None,
         say: Callable[[str], None] = print,
@@ -135,7 +136,7 @@ class PPO:
                 f"rl.minibatches is {settings.minibatches}, for only {settings.answers} rl.answers."
             )
         self.model, self.reference, self.reward, self.prompts = model, reference, reward, prompts
-        self.settings, self.stop_ids, self.seed, self.scale = settings, stop_ids, seed, scale
+        self.settings, self.stop_ids, self.seed, self.spread = settings, stop_ids, seed, spread
         self.text, self.gold, self.say = text, gold, say
         self.pause_every = settings.epochs * settings.minibatches
         self.steps = settings.rollouts * self.pause_every
@@ -243,7 +244,9 @@ class PPO:
             values_BA[rows] = blank.masked_scatter(mask, self._values(acts))
 
         log_ratio_BA = log_probs_BA - reference_BA
-        rewards_BA = objectives.token_rewards(scores_B.to(device), log_ratio_BA, mask_BA, settings.kl)
+        rewards_BA = objectives.token_rewards(
+            scores_B.to(device), log_ratio_BA, mask_BA, settings.kl * self.spread
+        )
         advantages_BA, returns_BA = objectives.gae(
             rewards_BA, values_BA, mask_BA, settings.gamma, settings.gae_lambda
         )
@@ -252,7 +255,7 @@ class PPO:
         k1_N = delta.k1(log_ratio_BA[mask_BA])
         stopped = sum(answer.finished for answer in rollout.answers)
         numbers = {
-            "reward": scores_B.mean().item() * self.scale,  # log-odds, as the reward model's scores are
+            "reward": scores_B.mean().item(),
             "kl_child_parent": k1_N.mean().item(),
             "entropy": -log_probs_BA[mask_BA].mean().item(),
             "explained_variance": objectives.explained_variance(values_BA, returns_BA, mask_BA).item(),
@@ -290,9 +293,9 @@ class PPO:
         return parts
 
     def _values(self, acts: Actions) -> Tensor:
-        """V of the state before each action (N,) float32, centred and scaled as rewards are."""
+        """V of the state before each action (N,) float32, less the reward model's offset, as rewards are."""
         values_N = self.model.critic.values(acts.ids_BT).flatten().index_select(0, acts.before_N)
-        return (values_N.float() - self.model.critic.config.reward_offset) / self.scale
+        return values_N.float() - self.model.critic.config.reward_offset
 
     def _text(self) -> pretrain.Pretraining:
         assert self.text is not None, "rows of raw text come from self.text alone"
@@ -308,26 +311,23 @@ class PPO:
 def score_spread(
     sft: Decoder, reward: Scorer, prompts: Prompts, settings: PPOSettings, stop_ids: Sequence[int], seed: int
 ) -> float:
-    """Standard deviation of the reward model's score over whole answers of the SFT model: four rollouts' worth.
+    """Standard deviation of the score between whole answers of the SFT model to the same prompt, in log-odds.
 
-    1 where fewer than two answers are whole or all get one score: then there is no scale to speak of, and the first
-    rollout says what is wrong.
+    From two answers to each of two rollouts' prompts: the root of the mean of (difference)² / 2. NaN where no prompt
+    gets two whole answers.
     """
+    asked = prompts.draw(0, 2 * settings.answers)
     rollout = answered(
         sft,
-        prompts.draw(0, 4 * settings.answers),
+        [*asked, *asked],
         answer_tokens=settings.answer_tokens,
         stop_ids=stop_ids,
         seed=seed,
         rows=settings.rows,
     )
-    texts = [
-        [*prompt, *answer.ids]
-        for prompt, answer in zip(rollout.prompts, rollout.answers, strict=True)
-        if answer.finished
-    ]
-    spread = scores(reward, texts, settings.micro_tokens).std().item() if len(texts) > 1 else 0.0
-    return spread if spread > 0 else 1.0
+    scores_B = RewardModel(reward, math.nan, settings.micro_tokens)(rollout)
+    first, second = scores_B.double().chunk(2)
+    return ((first - second) ** 2 / 2).nanmean().sqrt().item()
 
 
 class RawText(NamedTuple):
@@ -369,7 +369,10 @@ def stage(
         frozen.requires_grad_(False).to(dtype)
     room = sft.config.max_position_embeddings - settings.answer_tokens
     asked = Prompts(prompts, room=room, seed=seed)
-    scale = score_spread(sft, reward, asked, settings, stop_ids, seed)
+    spread = score_spread(sft, reward, asked, settings, stop_ids, seed)
+    if not spread > 0:
+        say("the reward model tells no two answers to one prompt apart; kl is taken in its log-odds")
+        spread = 1.0
     optimizer = Optimizer(
         model,
         OptimizerSettings(lr=lr, eps=ADAM_EPS),
@@ -379,12 +382,12 @@ def stage(
     objective = PPO(
         model,
         sft,
-        RewardModel(reward, settings.truncated_score, settings.micro_tokens, scale),
+        RewardModel(reward, settings.truncated_score, settings.micro_tokens),
         asked,
         settings,
         stop_ids=stop_ids,
         seed=seed,
-        scale=scale,
+        spread=spread,
         text=None
         if text is None or settings.ptx == 0
         else pretrain.Pretraining(

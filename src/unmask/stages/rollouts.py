@@ -104,22 +104,20 @@ def answered(
 
 
 class RewardModel:
-    """Score of an answer = the reward model's, centred and divided by `scale`; an answer that was cut gets
-    `truncated_score`.
+    """Score of an answer = the reward model's, centred; an answer that was cut gets `truncated_score`.
 
     The reward model learned from conversations that end, so its opinion of half an answer is never asked
     for.
     """
 
-    def __init__(self, model: Scorer, truncated_score: float, micro_tokens: int, scale: float = 1.0) -> None:
+    def __init__(self, model: Scorer, truncated_score: float, micro_tokens: int) -> None:
         self.model, self.truncated_score, self.micro_tokens = model, truncated_score, micro_tokens
-        self.scale = scale
 
     def __call__(self, rollout: Rollout) -> Tensor:
         result = torch.full((len(rollout.answers),), self.truncated_score)
         whole = [i for i, answer in enumerate(rollout.answers) if answer.finished]
         texts = [[*rollout.prompts[i], *rollout.answers[i].ids] for i in whole]
-        result[whole] = scores(self.model, texts, self.micro_tokens) / self.scale
+        result[whole] = scores(self.model, texts, self.micro_tokens)
         return result
 
 
