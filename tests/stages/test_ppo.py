@@ -375,5 +375,5 @@ def test_a_prompt_without_room_for_the_answer_is_an_error() -> None:
 
 def test_prompts_are_fingerprinted_and_so_is_every_setting() -> None:
     assert begin()[1].fingerprint == begin()[1].fingerprint
-    assert begin()[1].fingerprint != begin(kl=0.5)[1].fingerprint
+    assert begin()[1].fingerprint != begin(kl=0.7)[1].fingerprint
     assert isinstance(Prompts([Source("a", PROMPTS, 1.0)], room=40, seed=1).fingerprint, str)
