@@ -1,11 +1,13 @@
 """Recipes: what is left out is derived, what is misspelt is named, what is written is read back equal."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from unmask import recipe
 from unmask.errors import UserError
+from unmask.recipe import Source
 
 
 def test_every_shipped_recipe_is_valid_and_survives_writing_and_reading(tmp_path: Path) -> None:
@@ -74,3 +76,28 @@ def test_difference_names_the_first_key_that_differs() -> None:
     old, new = ({"sft": {"tokens": tokens, "lr": 1}} for tokens in (5, 6))
     assert recipe.difference(old, new) == "sft.tokens was 5 and is now 6"
     assert recipe.difference(old, old) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("rl.answer_tokens=256", "rl.answer_tokens is 256: of the context of 256 nothing is left"),
+        ("measure.answer_tokens=300", "measure.answer_tokens is 300"),
+        ('sft.sources=[{path="a/x.jsonl"},{path="b/x.jsonl"}]', "two sources of .sft. are called 'x'"),
+        ('sft.sources=[{path="x.jsonl",label="../../x"}]', "label"),
+    ],
+)
+def test_what_can_only_fail_after_hours_is_refused_before_the_first_step(override: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        recipe.load("tiny", [override])
+
+
+@pytest.mark.parametrize("path", ["/data/.notes.jsonl", "../x/..jsonl", "hf://a/b:c#d", "a b/ü.txt"])
+def test_a_name_that_was_not_given_stays_inside_the_run(path: str) -> None:
+    assert re.fullmatch(r"[A-Za-z0-9_-]+", Source(path=path).name)
+
+
+def test_a_recipe_in_another_encoding_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes(b'\xff\xfename = "x"')
+    with pytest.raises(UserError, match="not UTF-8"):
+        recipe.load(tmp_path / "x.toml")

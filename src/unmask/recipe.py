@@ -4,6 +4,7 @@ A recipe is read (`load`), overridden (`--set sft.tokens=…`), and resolved (`r
 every rate is a number that stands in the file which the run keeps. Amounts are in tokens, never in seconds.
 """
 
+import re
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
@@ -33,14 +34,18 @@ class Source(Section):
     """
 
     path: str
-    label: str = ""
+    label: str = Field(default="", pattern=r"^([A-Za-z0-9_][A-Za-z0-9_ .-]*)?$")  # names a directory
     share: float = Field(default=1.0, gt=0)
     heldout: float | None = Field(default=None, ge=0, lt=1)
 
     @property
     def name(self) -> str:
         """The label, or the end of the path where none was given."""
-        return self.label or Path(self.path).name.split(".")[0] or self.path
+        return (
+            self.label
+            or re.sub(r"[^A-Za-z0-9_-]", "_", Path(self.path).name.strip(".").split(".")[0])
+            or "text"
+        )
 
 
 class TokenizerSection(Section):
@@ -162,6 +167,23 @@ class Recipe(Section):
             raise ValueError("a source has path 'facts', but the recipe has no [facts] section")
         return self
 
+    @model_validator(mode="after")
+    def sources_have_names_of_their_own(self) -> "Recipe":
+        for section in ("pretrain", "sft", "rl"):
+            names = [source.name for source in getattr(self, section).sources]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise ValueError(f"two sources of [{section}] are called {twice!r}: give one another label")
+        return self
+
+    @model_validator(mode="after")
+    def answers_leave_room_for_their_prompts(self) -> "Recipe":
+        for key, tokens in (("rl", self.rl.answer_tokens), ("measure", self.measure.answer_tokens)):
+            if tokens >= self.context:
+                raise ValueError(
+                    f"{key}.answer_tokens is {tokens}: of the context of {self.context} nothing is left for a prompt"
+                )
+        return self
+
 
 def given(value: T | None) -> T:
     """A value that `resolve` has filled in."""
@@ -212,6 +234,10 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             text = path.read_text("utf-8")
         except OSError as error:
             raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"the recipe {path} is not UTF-8 (byte {error.start}). Save it as UTF-8."
+            ) from error
     elif shipped.is_file():
         text = shipped.read_text("utf-8")
     else:

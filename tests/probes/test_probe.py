@@ -70,6 +70,7 @@ def test_the_json_record_has_every_key_of_the_schema_with_null_where_nothing_is_
         {"value": None},
         {"value": math.nan},
         {"ci95": (2.0, 1.0)},
+        {"value": 2.0, "ci95": (0.0, 1.0)},
         {"metric": "Not a name"},
         {"colour": "red"},
     ],

@@ -190,3 +190,9 @@ def test_a_pair_weighs_the_product_of_how_often_its_conversations_were_drawn():
     # Conversations are numbered as they come: a, d, b, c. One that is both sides of a pair counts once.
     drawn = np.array([[2.0, 3.0, 5.0, 7.0]])
     assert module.Redraw(pairs, seed=0).weights(drawn).tolist() == [[10.0, 14.0, 3.0]]
+
+
+def test_a_judge_that_is_always_right_gets_the_binomial_bound_of_so_many_pairs() -> None:
+    pairs = [Compared([], [], f"a{i}", f"b{i}") for i in range(20)]
+    found = Redraw(pairs, 0).estimate(np.ones(20), share=True)
+    assert found.ci95 == pytest.approx((0.025 ** (1 / 20), 1.0))

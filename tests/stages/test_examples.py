@@ -9,6 +9,7 @@ import pytest
 from unmask import recipe as recipes
 from unmask.recipe import Recipe
 from unmask.stages import examples
+from unmask.text import rated
 from unmask.text.preferences import Pair
 
 
@@ -126,3 +127,53 @@ def test_copies_of_a_pair_stay_in_one_part() -> None:
     side = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     other = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]
     assert examples.half_of(Pair(side, other), 0.3) == examples.half_of(Pair(other, side), 0.3)
+
+
+def talks(n: int) -> list[rated.Conversation]:
+    """Rated conversations of four turns, every one with words of its own."""
+    turns = ("hello {}", "hi {}", "how are you {}", "well {}")
+    return [rated.Conversation(f"c{i}", tuple(t.format(i) for t in turns), float(i % 10)) for i in range(n)]
+
+
+def test_rated_conversations_fall_into_disjoint_halves_and_what_is_held_out_of_every_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rated, "installed_conversations", lambda: talks(300))
+    chat = {"path": "chitchat", "label": "chat", "heldout": 0.3}
+    recipe = made(tmp_path, rows(4), preference_rows(4, common=True))
+    recipe = recipes.validate(
+        recipe.model_dump(mode="json", exclude_none=True)
+        | {"sft": {"sources": [chat]}, "reward": {"source": chat}, "rl": {"sources": [chat]}},
+        "here",
+    )
+    held = openings(examples.prompts(recipe.rl.sources[0], recipe, (), held=True))
+    seen = {
+        "sft": openings(examples.chats(recipe.sft.sources[0], recipe, ())),
+        "rl": openings(examples.prompts(recipe.rl.sources[0], recipe, ())),
+        "proxy": openings(chat for r in examples.rankings(recipe, "proxy")[0] for chat in r.chats),
+        "gold": openings(chat for r in examples.rankings(recipe, "gold")[0] for chat in r.chats),
+    }
+    assert 50 < len(held) < 130
+    assert held | seen["sft"] == openings(chat for chat in ([{"content": t.turns[0]}] for t in talks(300)))
+    for layer, openings_of in seen.items():
+        assert len(openings_of) > 50, layer
+        assert not held & openings_of, layer
+    assert not seen["proxy"] & seen["gold"]
+    for half in ("proxy", "gold"):
+        assert openings(chat for chat, _ in examples.opinions(recipe, half)) >= seen[half]
+        assert not held & openings(chat for chat, _ in examples.opinions(recipe, half))
+    compared = examples.comparisons(recipe, "held_out", 1000)
+    assert compared
+    assert openings(side for c in compared for side in (c.chosen, c.rejected)) <= held
+
+
+def test_no_more_rated_windows_than_wanted_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rated, "installed_conversations", lambda: talks(300))
+    recipe = made(tmp_path, rows(4), preference_rows(4, common=True))
+    reward = {"source": {"path": "chitchat", "heldout": 0.3}, "most_texts": 40}
+    recipe = recipes.validate(recipe.model_dump(mode="json", exclude_none=True) | {"reward": reward}, "here")
+    found, dropped = examples.rankings(recipe, "proxy")
+    assert sum(len(r.chats) for r in found) + dropped["windows without another to compare with"] == 40
+    assert dropped["windows beyond most_texts"] > 20

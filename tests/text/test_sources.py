@@ -105,7 +105,8 @@ def test_lone_surrogates_are_replaced_wherever_they_stand(tmp_path: Path) -> Non
 
 def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
-    for name in ("b/1.txt", "a.txt", "c.txt", ".hidden.txt", "README.md", "b/~x.parquet.gz"):
+    (tmp_path / ".git").mkdir()
+    for name in ("b/1.txt", "a.txt", "c.txt", ".hidden.txt", ".git/x.txt", "README.md", "b/~x.parquet.gz"):
         (tmp_path / name).write_text(name)
     assert list(read_texts(str(tmp_path))) == ["a.txt", "b/1.txt", "c.txt"]
 

@@ -45,7 +45,7 @@ def diff(
     text: Annotated[
         Path | None, typer.Option(help="Held-out text (txt, jsonl, parquet). Default: the run's own.")
     ] = None,
-    limit: Annotated[int, typer.Option(help="Prompts that are answered.")] = 64,
+    limit: Annotated[int, typer.Option(help="Prompts that are answered.", min=1)] = 64,
     as_json: Json = False,
 ) -> None:
     """What did each layer change, and is the change larger than the noise?"""
@@ -109,7 +109,7 @@ def _print_log(rows: list[dict[str, Any]], problems: list[str]) -> None:
     for place, row in enumerate(rows):
         headline = " · ".join(f"{name} {value:.4g}" for name, value in row.get("headline", {}).items())
         out.print(
-            f"[bold]{row['name']}[/bold] [dim]{row['kind']}[/dim] {row['hash'][:12]}  {escape(row['path'])}"
+            f"[bold]{escape(row['name'])}[/bold] [dim]{row['kind']}[/dim] {row['hash'][:12]}  {escape(row['path'])}"
         )
         if "tokens" in row:
             data = ", ".join(f"{label} {digest[:8]}" for label, digest in row["data"].items())
@@ -145,7 +145,7 @@ def _print_diff(findings: list[dict[str, Any]]) -> None:
         n = "" if f["n"] is None else f"{f['n']} {f['n_unit']}"
         unit = "" if f["unit"] == "1" else f" {f['unit']}"
         table.add_row(
-            layers, f"{f['metric']} [dim]{escape(where)}[/dim]", f"{f['value']:.4g}{unit}", interval, floor, n,
+            escape(layers), f"{f['metric']} [dim]{escape(where)}[/dim]", f"{f['value']:.4g}{unit}", interval, floor, n,
             f["verdict"] or "",
         )  # fmt: skip
     out.print(table)
@@ -184,4 +184,4 @@ def _print_blame(found: dict[str, Any]) -> None:
 
 
 def _one_line(answer: str) -> str:
-    return escape(" ".join(answer.split())) or "(nothing: it ends at once)"
+    return escape(" ".join(answer.split())) or "(no words)"

@@ -26,6 +26,7 @@ CORE = (
     "typer",
     "rich",
     "pyarrow",
+    "tomli-w",
 )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +43,13 @@ def closing(directory: Path) -> str:
         "",
         f"Preparing, training and measuring took {duration(summary['total_seconds'])} on",
         summary["machine"],
-        f"Open {directory}/report.html · talk: unmask chat {directory}",
+        escape(f"Open {directory}/report.html · talk: unmask chat {shlex.quote(str(directory))}"),
     ]
     if blames:
         asked = shlex.quote(blames[:2][-1]["prompt"])
-        lines.append(f"Which layer says what: unmask blame {escape(f'{directory} {asked}')}")
+        lines.append(
+            f"Which layer says what: unmask blame {escape(f'{shlex.quote(str(directory))} {asked}')}"
+        )
     return "\n".join(lines)
 
 
@@ -96,7 +97,7 @@ def _stages(summary: dict[str, Any], claims: _Claims) -> list[str]:
         )
         if stage["kind"] == "pretrain":
             lines += [
-                f"          held-out {source}: {claims.say('bits_per_byte', source, name)} bits a byte; "
+                f"          held-out {escape(source)}: {claims.say('bits_per_byte', source, name)} bits a byte; "
                 f"xz -9e {claims.say('bits_per_byte_xz', source, name).split()[0]}"
                 for source in claims.groups("bits_per_byte")
             ]
@@ -152,15 +153,16 @@ def _nudge(claims: _Claims) -> list[str]:
         "The nudge: RL minus SFT, on the same held-out prompts",
         f"  {'the reward it climbs':<23}{claims.say('proxy_gain', None, 'rl')} log-odds",
         f"  {'gold, at equal length':<23}{claims.say('gold_gain', None, 'rl')} log-odds",
-        f"  {'distance':<23}{claims.say('kl_child_parent', None, 'rl')} nats a token (rounding: {floor})",
+        f"  {'distance':<23}{claims.say('kl_child_parent', None, 'rl')} nats a token",
+        f"  {'the same in bf16':<23}{floor}",
     ]
 
 
 def _said(blame: dict[str, Any], names: list[str]) -> list[str]:
     lines = ["", f"What each layer says to «{escape(blame['prompt'])}»"]
     for place, name in enumerate(names):
-        text = textwrap.shorten(blame["alone"][name], WIDTH - 11, placeholder=" …")
-        text = escape(text) or "(nothing: it ends at once)"
+        text = " ".join(blame["alone"][name].split())
+        text = escape(text if len(text) < WIDTH - 10 else text[: WIDTH - 12] + " …") or "(no words)"
         lines.append(f"  {_marked(place, name)}{' ' * (6 - len(name))} {text}")
     return lines
 

@@ -92,6 +92,12 @@ class Finding(BaseModel):
             raise ValueError(f"{self.metric}: an interval needs n and what n counts")
         if self.ci95 is not None and self.ci95[0] > self.ci95[1]:
             raise ValueError(f"{self.metric}: the interval {self.ci95} is upside down")
+        if (
+            self.ci95 is not None
+            and self.value is not None
+            and not self.ci95[0] <= self.value <= self.ci95[1]
+        ):
+            raise ValueError(f"{self.metric}: {self.value} lies outside its interval {self.ci95}")
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -230,10 +236,15 @@ def estimate(
     if not np.isfinite(value):
         return Estimate(None, None, units)
     interval = bootstrap(array, clusters, statistic, seed=seed)
-    if share and interval is not None and value in (0.0, 1.0):
-        reach = 1 - 0.025 ** (1 / units)
-        interval = (0.0, reach) if value == 0 else (1 - reach, 1.0)
+    if share and interval is not None:
+        interval = bounded(value, interval, units)
     return Estimate(value, interval, units)
+
+
+def bounded(share: float, interval: tuple[float, float], units: int) -> tuple[float, float]:
+    """The interval of a share; of 0 or 1 the exact binomial bound (Clopper–Pearson) for so many trials."""
+    reach = 1 - 0.025 ** (1 / units)
+    return {0.0: (0.0, reach), 1.0: (1 - reach, 1.0)}.get(share, interval)
 
 
 def share_estimate(right: npt.ArrayLike, clusters: Sequence[Any] | None = None, *, seed: int = 0) -> Estimate:

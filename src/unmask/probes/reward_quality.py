@@ -19,6 +19,7 @@ from unmask.probes.probe import (
     Floats,
     Meter,
     Statistic,
+    bounded,
     codes,
     estimate,
     percentiles,
@@ -63,11 +64,14 @@ class Redraw:
             lambda drawn: statistic(values, self.weights(drawn)), self.units, self.pairs, seed=self.seed
         )
 
-    def estimate(self, values: Floats, statistic: Statistic = weighted_mean) -> Estimate:
+    def estimate(
+        self, values: Floats, statistic: Statistic = weighted_mean, *, share: bool = False
+    ) -> Estimate:
         value = float(statistic(values, np.ones((1, self.pairs)))[0])
-        return Estimate(
-            value, percentiles(self.samples(values, statistic)) if self.units > 1 else None, self.units
-        )
+        interval = percentiles(self.samples(values, statistic)) if self.units > 1 else None
+        if share and interval is not None:
+            interval = bounded(value, interval, min(self.units, self.pairs))
+        return Estimate(value, interval, self.units)
 
 
 def wins(chosen: Floats, rejected: Floats) -> Floats:
@@ -236,7 +240,7 @@ def _of_group(
         return Finding(**(fields | keys))
 
     right, floor = accuracy(score), moved(accuracy)
-    agrees = redraw.estimate(right)
+    agrees = redraw.estimate(right, share=True)
     yield finding(
         "reward_accuracy",
         "1",
@@ -247,7 +251,9 @@ def _of_group(
     )
     others = {"length": accuracy(length)} | ({"words": accuracy(baseline(texts))} if baseline else {})
     for name, theirs in others.items():
-        yield finding(f"reward_accuracy_{name}", "1", redraw.estimate(theirs), null_specific=0.5, dtype=None)
+        yield finding(
+            f"reward_accuracy_{name}", "1", redraw.estimate(theirs, share=True), null_specific=0.5, dtype=None
+        )
         ahead = redraw.estimate(right - theirs)
         yield finding(
             f"reward_accuracy_over_{name}",
@@ -262,8 +268,9 @@ def _of_group(
     floor = moved(lambda values: _error(margin(values)))
     if error.ci95 is not None and error.value is not None:
         # Redrawing adds noise, which can only raise this error: so the interval is reflected about the value.
+        # Where they are all far above it, the reflected interval lies below the value: it then ends at the value.
         low, high = (2 * error.value - end for end in reversed(error.ci95))
-        error = error._replace(ci95=(max(0.0, low), max(0.0, high)))
+        error = error._replace(ci95=(max(0.0, min(low, error.value)), max(high, error.value)))
     yield finding(
         "reward_calibration_error",
         "1",

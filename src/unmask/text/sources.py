@@ -136,8 +136,12 @@ def _files(spec: str) -> list[Path]:
     """The files of a path: itself, or all data files below it."""
     path = Path(spec).expanduser()
     if path.is_dir():
-        hidden = (each for each in path.rglob("*") if not each.name.startswith(".") and each.is_file())
-        found = sorted(each for each in hidden if readers.kind(each))
+        shown = (
+            each
+            for each in path.rglob("*")
+            if not any(p.startswith(".") for p in each.relative_to(path).parts)
+        )
+        found = sorted(each for each in shown if each.is_file() and readers.kind(each))
         if not found:
             raise UserError(f"{path}: no file in this folder is of a known kind ({readers.KINDS}).")
         return found
