@@ -164,6 +164,16 @@ def test_a_copy_beside_the_original_and_a_moved_run_hold(
     assert Lineage.open(moved / "rl").verify() == []
 
 
+def test_a_stage_that_was_set_aside_still_finds_the_parent_that_was_kept_and_no_other(run: Path) -> None:
+    aside = run / "set-aside" / "1" / "rl"
+    shutil.copytree(run / "rl", aside)
+    assert Lineage.open(aside).verify() == []
+    shutil.copytree(run / "base", run / "set-aside" / "2" / "base")
+    shutil.rmtree(run / "sft")
+    shutil.copytree(run / "base", run / "sft")
+    assert any("its parent is missing" in problem for problem in Lineage.open(aside).verify())
+
+
 def test_a_path_from_elsewhere_and_a_trailing_slash_do_not_matter(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """PPO: exact at its first step, a pure function of weights and seed, and it learns what is rewarded."""
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -21,7 +22,16 @@ from unmask.progress import Progress
 from unmask.stages import ppo, pretrain
 from unmask.stages.ppo import PPO, ActorCritic, PPOSettings
 from unmask.stages.reward import scores
-from unmask.stages.rollouts import Prompts, Reward, Rollout, Source, actions, answered
+from unmask.stages.rollouts import (
+    Prompts,
+    Reward,
+    RewardModel,
+    Rollout,
+    Source,
+    actions,
+    answered,
+    score_spread,
+)
 from unmask.training import loop
 from unmask.training.optimizer import Optimizer
 
@@ -114,10 +124,9 @@ def test_values_are_read_before_each_action_and_less_the_reward_models_offset() 
     assert objective._values(acts).tolist() == [1 - 0.5, 2 - 0.5, 3 - 0.5]
 
 
-def spread_of(judge: Scorer, answers: int = 12) -> float:
-    prompts = Prompts([Source("made up", PROMPTS, 1.0)], room=40, seed=5)
-    settings = PPOSettings(**{**SETTINGS, "answers": answers})
-    return ppo.score_spread(decoder(1), judge, prompts, settings, STOPS, 5)
+def spread_of(judge: Scorer, prompts: Sequence[Sequence[int]] = PROMPTS * 6) -> float:
+    whole = RewardModel(judge, math.nan, 60)
+    return score_spread(decoder(1), whole, prompts, answer_tokens=8, stop_ids=STOPS, seed=5, rows=8)
 
 
 def test_the_price_of_a_nat_grows_with_the_reward_models_margins_and_not_with_its_opinion_of_prompts() -> (
@@ -137,17 +146,14 @@ def test_the_price_of_a_nat_grows_with_the_reward_models_margins_and_not_with_it
         def forward(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
             return ids_BT[:, 0].float()
 
-    assert spread_of(OfThePrompt()) == 0  # type: ignore[arg-type]
+    assert spread_of(cast(Scorer, OfThePrompt())) == 0
 
 
 def test_the_spread_is_that_of_the_score_between_answers_to_one_prompt() -> None:
     judge, prompt = scorer(2), PROMPTS[1]
     said = answered(decoder(1), [prompt] * 400, answer_tokens=8, stop_ids=STOPS, seed=9, rows=50)
     texts = [[*prompt, *each.ids] for each in said.answers if each.finished]
-    prompts = Prompts([Source("one", [prompt], 1.0)], room=40, seed=5)
-    settings = PPOSettings(**{**SETTINGS, "answers": 200})
-    found = ppo.score_spread(decoder(1), judge, prompts, settings, STOPS, 5)
-    assert found == pytest.approx(scores(judge, texts).std().item(), rel=0.15)
+    assert spread_of(judge, [prompt] * 400) == pytest.approx(scores(judge, texts).std().item(), rel=0.15)
 
 
 def test_the_reward_is_the_score_at_the_stop_token_less_beta_times_k1_everywhere() -> None:

@@ -1,6 +1,7 @@
 """From sources to tokens: what is held out is in no shard, leaks are found, other text lies elsewhere."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from unmask.text import planted
 from unmask.text.countries import Country
 
 
-def made(tmp_path: Path, texts: list[str], chats: list[tuple[str, str]] = (), **more: Any) -> Recipe:  # type: ignore[assignment]
+def made(tmp_path: Path, texts: list[str], chats: Sequence[tuple[str, str]] = (), **more: Any) -> Recipe:
     """A recipe of made-up files."""
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (tmp_path / "raw.jsonl").write_text(lines, "utf-8")

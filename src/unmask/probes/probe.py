@@ -92,12 +92,10 @@ class Finding(BaseModel):
             raise ValueError(f"{self.metric}: an interval needs n and what n counts")
         if self.ci95 is not None and self.ci95[0] > self.ci95[1]:
             raise ValueError(f"{self.metric}: the interval {self.ci95} is upside down")
-        if (
-            self.ci95 is not None
-            and self.value is not None
-            and not self.ci95[0] <= self.value <= self.ci95[1]
-        ):
-            raise ValueError(f"{self.metric}: {self.value} lies outside its interval {self.ci95}")
+        if self.ci95 is not None and self.value is not None:
+            rounding = 1e-9 * max(1.0, abs(self.value))  # resampled means of equal values differ by as little
+            if not self.ci95[0] - rounding <= self.value <= self.ci95[1] + rounding:
+                raise ValueError(f"{self.metric}: {self.value} lies outside its interval {self.ci95}")
         return self
 
     def to_json(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from unmask.stages.rollouts import (
     answered,
     check,
     log_probs,
+    score_spread,
 )
 from unmask.text import order
 from unmask.training.optimizer import Optimizer, OptimizerSettings
@@ -308,28 +309,6 @@ class PPO:
         self._troubles = troubles
 
 
-def score_spread(
-    sft: Decoder, reward: Scorer, prompts: Prompts, settings: PPOSettings, stop_ids: Sequence[int], seed: int
-) -> float:
-    """Standard deviation of the score between whole answers of the SFT model to the same prompt, in log-odds.
-
-    From two answers to each of two rollouts' prompts: the root of the mean of (difference)² / 2. NaN where no prompt
-    gets two whole answers.
-    """
-    asked = prompts.draw(0, 2 * settings.answers)
-    rollout = answered(
-        sft,
-        [*asked, *asked],
-        answer_tokens=settings.answer_tokens,
-        stop_ids=stop_ids,
-        seed=seed,
-        rows=settings.rows,
-    )
-    scores_B = RewardModel(reward, math.nan, settings.micro_tokens)(rollout)
-    first, second = scores_B.double().chunk(2)
-    return ((first - second) ** 2 / 2).nanmean().sqrt().item()
-
-
 class RawText(NamedTuple):
     """What PPO-ptx reads besides: rows of raw text, so many a step."""
 
@@ -369,7 +348,15 @@ def stage(
         frozen.requires_grad_(False).to(dtype)
     room = sft.config.max_position_embeddings - settings.answer_tokens
     asked = Prompts(prompts, room=room, seed=seed)
-    spread = score_spread(sft, reward, asked, settings, stop_ids, seed)
+    spread = score_spread(
+        sft,
+        RewardModel(reward, math.nan, settings.micro_tokens),
+        asked.draw(0, 2 * settings.answers),
+        answer_tokens=settings.answer_tokens,
+        stop_ids=stop_ids,
+        seed=seed,
+        rows=settings.rows,
+    )
     if not spread > 0:
         say("the reward model tells no two answers to one prompt apart; kl is taken in its log-odds")
         spread = 1.0

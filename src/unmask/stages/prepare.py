@@ -28,9 +28,7 @@ from unmask.text.shards import Shards, build
 from unmask.text.sources import Document, Dropped, held_out, read_texts, signature
 from unmask.text.tokenizer import Tokenizer
 
-TOKENIZER_BYTES = (
-    6_000_000  # of text that the tokenizer is trained on; more changes few merges and takes long
-)
+TOKENIZER_BYTES = 6_000_000  # of text that it is trained on; more changes few merges and takes long
 SCHEME = 4  # raised when the same recipe and sources would give other text, tokens or first weights
 HELDOUT_BYTES = 1_000_000  # a source; kept in the run for measuring
 
@@ -170,12 +168,11 @@ def sample(texts: Iterable[str], limit: int) -> Iterator[str]:
     The first ones of a source would not do: many are sorted, by year or by author. One pass, and what is kept is
     no larger than `limit` and one text.
     """
-    kept: list[tuple[bytes, bytes]] = []  # a heap, the largest hash first
+    kept: list[tuple[int, bytes]] = []  # a heap, the largest hash first
     size = 0
     for text in texts:
         data = text.encode("utf-8", "replace")
-        digest = hashlib.sha256(data).digest()
-        heapq.heappush(kept, (bytes(255 - byte for byte in digest), data))
+        heapq.heappush(kept, (-int.from_bytes(hashlib.sha256(data).digest()), data))
         size += len(data)
         while kept and size - len(kept[0][1]) >= limit:
             size -= len(heapq.heappop(kept)[1])

@@ -121,6 +121,27 @@ class RewardModel:
         return result
 
 
+def score_spread(
+    policy: Decoder,
+    reward: Reward,
+    prompts: Sequence[Sequence[int]],
+    *,
+    answer_tokens: int,
+    stop_ids: Sequence[int],
+    seed: int,
+    rows: int,
+) -> float:
+    """Standard deviation of the score between two answers of the policy to the same prompt.
+
+    The root of the mean of (difference)² / 2 over the prompts that got two scores; NaN, which `reward` gives to
+    an answer that is not to count, leaves a prompt out. NaN where none is left.
+    """
+    twice = [*prompts, *prompts]
+    said = answered(policy, twice, answer_tokens=answer_tokens, stop_ids=stop_ids, seed=seed, rows=rows)
+    first_B, second_B = reward(said).double().chunk(2)
+    return ((first_B - second_B) ** 2 / 2).nanmean().sqrt().item()
+
+
 def check(rollout: Rollout, scores_B: Tensor) -> dict[str, str]:
     """What is wrong with a rollout from which little can be learned: kind → sentence, empty if all is well.
 
