@@ -118,6 +118,7 @@ class RlSection(Section):
     micro_tokens: int = Field(default=8192, gt=0)
     lr: float | None = Field(default=None, ge=0)
     critic_lr: float | None = Field(default=None, ge=0)
+    critic_warmup: float = Field(default=0.15, ge=0, lt=1)  # share of the rollouts: only the critic learns
     warmup: float = Field(default=0.05, ge=0, le=1)
     decay: float = Field(default=0.5, ge=0, le=1)
     lr_floor: float = Field(default=0.0, ge=0, le=1)

@@ -236,6 +236,26 @@ def test_raw_text_takes_part_with_its_weight_and_its_own_denominator() -> None:
     )
 
 
+def test_while_the_critic_warms_up_the_policy_stands_still_and_raw_text_waits() -> None:
+    text = ppo.RawText([pretrain.Source("raw", cast(Any, Shards()), 1.0)], 3, 12, END_OF_TEXT)
+    model, objective, optimizer = begin(text=text, ptx=1.0, critic_rollouts=1)
+    fresh = {name: weight.clone() for name, weight in model.named_parameters()}
+
+    def moved(part: str) -> bool:
+        return any(
+            not torch.equal(weight, fresh[name])
+            for name, weight in model.named_parameters()
+            if name.startswith(part)
+        )
+
+    for step in range(objective.pause_every):
+        loop.train_step(objective, optimizer, step, 1.0, 1.0)
+    assert moved("critic.")
+    assert not moved("policy.")
+    loop.train_step(objective, optimizer, objective.pause_every, 1.0, 1.0)
+    assert moved("policy.")
+
+
 def test_a_weight_for_raw_text_without_text_is_an_error() -> None:
     with pytest.raises(UserError, match="no raw text"):
         begin(ptx=1.0)

@@ -235,10 +235,12 @@ def optimizer_settings(section: Training) -> OptimizerSettings:
 
 
 def ppo_settings(section: RlSection) -> ppo.PPOSettings:
+    rollouts = max(1, given(section.tokens) // (section.answers * section.answer_tokens))
     return ppo.PPOSettings(
-        rollouts=max(1, given(section.tokens) // (section.answers * section.answer_tokens)),
+        rollouts=rollouts,
         answers=section.answers,
         answer_tokens=section.answer_tokens,
+        critic_rollouts=int(section.critic_warmup * rollouts),
         epochs=section.epochs,
         minibatches=section.minibatches,
         micro_tokens=section.micro_tokens,

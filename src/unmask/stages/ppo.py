@@ -46,6 +46,7 @@ class PPOSettings:
     rollouts: int
     answers: int  # a rollout
     answer_tokens: int  # at most
+    critic_rollouts: int = 0  # the first ones: only the critic learns from them
     epochs: int = 1
     minibatches: int = 1
     micro_tokens: int = 8192  # of a forward pass, padding included
@@ -91,6 +92,7 @@ class Batch(NamedTuple):
     advantages_N: Tensor
     returns_N: Tensor
     numbers: dict[str, float]
+    policy_learns: bool
 
 
 class PPO:
@@ -105,6 +107,10 @@ class PPO:
     β is `kl` times `spread`, the standard deviation of the score between the SFT model's answers to one
     prompt (`score_spread`), so that `kl` means the same whatever the reward model's margins are, and however
     much of its score is the prompt's, which no answer can change.
+
+    In the first `critic_rollouts` the policy stands still. The critic knows what a whole answer is worth, not
+    what a prompt promises; until it does, an advantage is mostly the prompt's own score, which pushes every
+    answer to it up or down whatever it says, and what SFT taught about such prompts is lost by chance.
 
     Ouyang et al. (arXiv 2203.02155), section 3.5 and appendix C.4. Deviations: rewards are not whitened;
     policy and critic share one clipped gradient norm; the critic's values are less the reward model's
@@ -177,9 +183,12 @@ class PPO:
                     experience.advantages_BA[rows][mask],
                     experience.returns_BA[rows][mask],
                     {} if batches else experience.numbers,
+                    self._policy_learns(index),
                 )
             )
-        return batches + (self.text.micro_batches(step) if self.text else [])
+        if self.text is None or not self._policy_learns(index):
+            return batches
+        return batches + self.text.micro_batches(step)
 
     def counts(self, batch: Batch | Tensor) -> dict[str, int]:
         if isinstance(batch, Tensor):
@@ -206,7 +215,8 @@ class PPO:
             values_N, batch.values_N, batch.returns_N, settings.value_clip
         )
         policy_loss, value_loss = policy_N.sum() / n, value_N.sum() / n
-        loss = policy_loss + settings.value_weight * value_loss
+        # A weight of 0 and not a missing term: every parameter gets a gradient in every step.
+        loss = policy_loss * batch.policy_learns + settings.value_weight * value_loss
         log_ratio_N = log_probs_N.detach() - batch.log_probs_N
         moved_N = (log_ratio_N.exp() - 1).abs()
         return loss, {
@@ -297,6 +307,9 @@ class PPO:
         """V of the state before each action (N,) float32, less the reward model's offset, as rewards are."""
         values_N = self.model.critic.values(acts.ids_BT).flatten().index_select(0, acts.before_N)
         return values_N.float() - self.model.critic.config.reward_offset
+
+    def _policy_learns(self, index: int) -> bool:
+        return index >= self.settings.critic_rollouts
 
     def _text(self) -> pretrain.Pretraining:
         assert self.text is not None, "rows of raw text come from self.text alone"
