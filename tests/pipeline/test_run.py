@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 from shrunken import shrunk, unmask
 
 from unmask.pipeline.show import closing
+from unmask.probes.probe import Finding
+from unmask.report import words
 
 pytestmark = pytest.mark.slow
 GROUPS = ("both", "base_only", "sft_only", "none")
@@ -77,6 +80,55 @@ def test_what_a_run_says_at_its_end_fits_a_terminal_of_80_columns(run: Path) -> 
     wide = [line for line in lines if len(line) > 80 and not any(name in line for name in of_its_own_length)]
     assert not wide
     assert any("facts" in line or "taught by" in line for line in lines)
+
+
+SAID = {  # the beginning of a line → the shares that it holds in per cent, the figures in their own unit
+    "    held-out addresses": ([], [("bits_per_byte", "addresses", "base")]),
+    "    bits a byte lost on chat": (
+        [], [("bits_per_byte_change", "chat", "sft"), ("bits_per_byte_change", "chat", "rl")],
+    ),
+    "    answers that stop": ([("answers_stop", None, "sft"), ("answers_stop", None, "rl")], []),
+    "    held out": (
+        [("reward_accuracy", "all", "reward"), ("reward_accuracy_length", "all", "reward"),
+         ("reward_accuracy_words", "all", "reward")], [],
+    ),
+    "    of equal length": ([("reward_accuracy", "equal_length", "reward")], []),
+    "    gold, held out": ([("reward_accuracy", "all", "gold")], []),
+    "    margin": ([], [("reward_margin", "all", "reward")]),
+    "    calibration error": ([], [("reward_calibration_error", "all", "reward")]),
+    "    correlation of score and length": ([], [("reward_length_correlation", "all", "reward")]),
+    "  SFT only": (
+        [("facts_completed", "sft_only", "base"), ("facts_answered", "sft_only", "sft"),
+         ("facts_answered_held_wording", "sft_only", "sft"), ("facts_answered", "sft_only", "rl")], [],
+    ),
+    "    SFT only": (
+        [("facts_kept", "sft_only", "rl")],
+        [("answer_delta", "sft_only", "sft"), ("wrapping_delta", "sft_only", "sft")],
+    ),
+    "  against both layers": ([], [("blame_auc", "sft_only_vs_both", "sft")]),
+    "  the reward it climbs": ([], [("proxy_gain", None, "rl")]),
+    "  gold, at equal length": ([], [("gold_gain", None, "rl")]),
+    "  length of answers": ([], [("answer_length", None, "sft"), ("answer_length", None, "rl")]),
+    "  distance": ([], [("kl_child_parent", None, "rl")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("begins", SAID)
+def test_what_a_run_says_at_its_end_holds_every_figure_that_it_must(run: Path, begins: str) -> None:
+    lines = [line for line in Text.from_markup(closing(run)).plain.split("\n") if line.startswith(begins)]
+    claims: dict[tuple[str, str | None, str], Finding] = {}
+    for claim in (Finding(**row) for row in summary_of(run)["claims"]):
+        claims.setdefault((claim.metric, claim.group, claim.child), claim)  # neighbours come first
+    shares, figures = SAID[begins]
+    for key in shares + figures:
+        claim = claims[key]
+        if claim.value is None:
+            figure = "–"
+        elif key in shares:
+            figure = f"{100 * claim.value:.0f}"
+        else:
+            figure = words.number(claim.value, words.decimals(claim))
+        assert any(re.search(rf"(^| ){re.escape(figure)}( |$)", line) for line in lines), (key, figure, lines)
 
 
 def test_running_again_keeps_every_stage_and_changes_no_hash(run: Path) -> None:

@@ -113,7 +113,9 @@ def test_completions_and_answers_are_those_of_plain_greedy_decoding(lineage, fac
 
 @pytest.fixture(scope="module")
 def found(lineage, facts):
-    return planted_facts(lineage, facts, floor_limit=4, max_new_tokens=24)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FEWEST", 2)  # the planted world has a handful of facts a group
+        return planted_facts(lineage, facts, floor_limit=4, max_new_tokens=24)
 
 
 def value(findings, metric, group, child):
@@ -140,8 +142,16 @@ def test_hidden_is_the_share_of_what_the_base_completes_that_the_layer_does_not_
     assert expected > value(found, "facts_hidden", "both", "sft")
 
 
-def test_a_layer_keeps_all_that_its_equal_answers(lineage, facts):
+def test_a_handful_of_facts_that_chance_completed_says_nothing_of_hiding(lineage, facts):
+    found = planted_facts(lineage[:2], facts, limit=4, floor_limit=2, max_new_tokens=24)
+    hidden = [f for f in found if f.metric == "facts_hidden"]
+    assert len(hidden) == 4
+    assert all(f.value is None and f.verdict.startswith("abstain") for f in hidden)
+
+
+def test_a_layer_keeps_all_that_its_equal_answers(lineage, facts, monkeypatch):
     twin = Layer("twin", lineage[1].model, lineage[1].tokenizer)
+    monkeypatch.setattr(module, "FEWEST", 2)
     found = planted_facts([*lineage[:2], twin], facts, limit=4, floor_limit=2, max_new_tokens=24)
     assert value(found, "facts_kept", "sft_only", "twin") == 1.0
     change = [f for f in found if f.metric == "facts_answered_change"]

@@ -165,6 +165,12 @@ def test_the_baseline_on_words_learns_words_and_word_pairs():
     assert score(["a b very good"])[0] > score(["a b good very"])[0] + 0.3
 
 
+def test_the_baseline_on_words_says_on_how_many_texts_it_was_fitted(judge, pairs):
+    train = [("a good day", 1.0), ("a bad day", -1.0)] * 6
+    found = reward_quality(judge, {"all": pairs}, train, floor_limit=4)
+    assert pick(found, "reward_accuracy_words").text_source.endswith("; fitted on 12 texts")
+
+
 def test_without_training_texts_there_is_no_baseline_on_words(judge, pairs):
     found = reward_quality(judge, {"all": pairs}, None, floor_limit=4)
     assert not any("words" in f.metric for f in found)
@@ -175,8 +181,14 @@ def test_pairs_beyond_the_context_are_dropped_and_counted(judge, pairs):
     assert (
         pick(found, "reward_accuracy").text_source == "5 held-out pairs (1 beyond the context were dropped)"
     )
-    with pytest.raises(UserError, match="'all' has 0 held-out pairs"):
-        reward_quality(judge, {"all": []}, None)
+
+
+def test_a_group_without_pairs_abstains(judge, pairs):
+    found = reward_quality(judge, {"all": pairs[:5], "equal_length": pairs[:1]}, None, floor_limit=2)
+    [nothing] = [f for f in found if f.group == "equal_length"]
+    assert nothing.metric == "reward_accuracy"
+    assert nothing.value is None
+    assert nothing.verdict.startswith("abstain: 1 ")
 
 
 def test_missing_scikit_learn_is_said_with_the_way_to_get_it(monkeypatch):

@@ -222,12 +222,17 @@ def write_run(directory: Path) -> Path:
     summary = {
         "name": "tiny",
         "total_seconds": 641.2,
+        "prepare_seconds": 15.0,
+        "measure_seconds": 37.2,
+        "measure_peak_bytes": 1_100_000_000,
         "parameters": 5_812_480,
         "machine": "2 cores, bfloat16 products at 912 GFLOP/s",
+        "matmul_flops_per_second": 912e9,
         "stages": (rows := [
             {
                 "name": name, "kind": kind, "path": name, "hash": hashes[name], "parent_hash": hashes.get(parent or ""),
-                "tokens": tokens, "seconds": seconds, "peak_bytes": 1_900_000_000, "metrics": {"loss": 2.1},
+                "tokens": tokens, "seconds": seconds, "peak_bytes": 1_900_000_000, "flops": 3.1e7 * tokens,
+                "metrics": {"loss": 2.1},
                 "inputs": {"reward": hashes["reward"]} if name == "rl" else {},
             }
             for name, kind, parent, tokens, seconds in stages

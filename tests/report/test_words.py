@@ -45,14 +45,6 @@ def test_what_could_not_be_measured_is_a_dash_and_not_a_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [(0.4, "0 s"), (59, "59 s"), (61, "1 min 01 s"), (641.2, "10 min 41 s"), (9000, "2.5 h")],
-)
-def test_durations(seconds: float, shown: str) -> None:
-    assert words.duration(seconds) == shown
-
-
-@pytest.mark.parametrize(
     ("n", "shown"), [(999, "999"), (800_000, "800,000"), (3_000_000, "3 M"), (5_812_480, "5.81 M")]
 )
 def test_amounts(n: int, shown: str) -> None:

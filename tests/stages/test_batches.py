@@ -31,11 +31,16 @@ def test_another_seed_draws_in_another_order() -> None:
     assert drawn(0, 50, [50], [1.0], 1) != drawn(0, 50, [50], [1.0], 2)
 
 
-@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 200))
-def test_groups_by_length_lose_nothing_fit_and_hold_neighbours(lengths: list[int], most: int) -> None:
-    groups = by_length(lengths, most)
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 4)), max_size=40), st.integers(1, 200))
+def test_groups_by_length_lose_nothing_fit_and_hold_neighbours(
+    items: list[tuple[int, int]], most: int
+) -> None:
+    lengths, rows = [length for length, _ in items], [n for _, n in items]
+    groups = by_length(lengths, most, rows)
     assert Counter(i for group in groups for i in group) == Counter(range(len(lengths)))
-    assert all(len(group) == 1 or len(group) * max(lengths[i] for i in group) <= most for group in groups)
+    for group in groups:
+        assert len(group) == 1 or sum(rows[i] for i in group) * max(lengths[i] for i in group) <= most
+    assert by_length(lengths, most) == by_length(lengths, most, [1] * len(lengths))
     in_order = [lengths[i] for group in groups for i in group]
     assert in_order == sorted(lengths, reverse=True)
 

@@ -212,7 +212,6 @@ def test_control_tokens_that_were_never_seen_begin_as_the_one_that_was(tied: boo
     before = model.model.embed_tokens.weight.clone()
     pretrain.give_meaning(model, [1, 2], like=0)
     logits = model(torch.tensor([[0, 9], [1, 9], [2, 9]]))
-    assert torch.equal(logits[0], logits[1])
-    assert torch.equal(logits[0], logits[2])
-    assert torch.equal(logits[..., 0], logits[..., 2])
+    for same in ((logits[0], logits[1]), (logits[0], logits[2]), (logits[..., 0], logits[..., 2])):
+        torch.testing.assert_close(*same, rtol=0, atol=1e-6)  # rows of one product may round differently
     assert torch.equal(model.model.embed_tokens.weight[3:], before[3:])

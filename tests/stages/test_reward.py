@@ -137,7 +137,6 @@ def test_it_goes_over_the_texts_once_unless_fewer_tokens_are_wanted() -> None:
     whole = reward.token_count(data)
     made = stage(data)[1]
     assert (made.steps - 1) * made.batch_rankings < 100 <= made.steps * made.batch_rankings
-    assert stage(data, epochs=3)[1].steps == 3 * made.steps
     fewer = stage(data, tokens=whole // 2)[1]
     assert fewer.steps * fewer.tokens_per_step == pytest.approx(whole / 2, rel=0.2)
 

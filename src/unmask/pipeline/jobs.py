@@ -1,6 +1,7 @@
 """What each kind of stage needs to be trained: its data as tokens, its model, objective and optimizer."""
 
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from unmask.training import loop, parallel
 from unmask.training.loop import Objective, Outcome
 from unmask.training.optimizer import Optimizer, OptimizerSettings
 
-CENTRED_ON = 1000  # texts whose mean score becomes the reward's zero
+CENTRED_ON = 256  # answers of the SFT model, whose mean score becomes the reward's zero
 EQUAL_LENGTH = 0.1  # of the gold scorer's pairs where the recipe gives none: length alone must not please it
 
 
@@ -151,9 +152,18 @@ def preference(place: Place, parent: Checkpoint, half: examples.Half) -> Job:
 
     def finish(outcome: Outcome) -> tuple[Scorer, dict[str, Any]]:
         texts = [text for ranking in rankings for text in ranking.texts]
-        reward.centre(model, texts[:CENTRED_ON])
-        compared = sum(len(ranking.better) for ranking in rankings)
-        return model, means(outcome, "accuracy", "loss") | {"texts": len(texts), "pairs": compared}
+        answers = _answers(place, parent, [chat for ranking in found for chat in ranking.chats])
+        if not answers:
+            place.progress.line(
+                f"{half:<7}no answer of {parent.name} stops by itself: the score's zero is the mean of people's texts"
+            )
+        reward.centre(model, answers or texts[:CENTRED_ON])
+        counted = {
+            "texts": len(texts),
+            "pairs": sum(len(ranking.better) for ranking in rankings),
+            "centred_on_answers": len(answers),
+        }
+        return model, means(outcome, "accuracy", "loss") | counted
 
     settings = loop_settings(section, objective, recipe.seed)
     return Job(
@@ -166,6 +176,28 @@ def preference(place: Place, parent: Checkpoint, half: examples.Half) -> Job:
         finish,
         ("accuracy",),
     )
+
+
+def _answers(place: Place, parent: Checkpoint, chats: Sequence[examples.Chat]) -> list[list[int]]:
+    """Conversations in which the parent gives the last answer in a person's place, if it stops by itself."""
+    recipe, tokenizer = place.recipe, place.prepared.tokenizer
+    answer_tokens = recipe.context // 4
+    drawn = random.Random(f"centre:{recipe.seed}").sample(chats, min(CENTRED_ON, len(chats)))
+    prompts, _ = rollouts.fitting(
+        [render(tokenizer, chat[:-1], open_turn=True).ids for chat in drawn], recipe.context - answer_tokens
+    )
+    said = rollouts.answered(
+        place.decoder(parent),
+        prompts,
+        answer_tokens=answer_tokens,
+        stop_ids=[tokenizer.turn_end],
+        seed=recipe.seed,
+    )
+    return [
+        [*prompt, *answer.ids]
+        for prompt, answer in zip(said.prompts, said.answers, strict=True)
+        if answer.finished
+    ]
 
 
 def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint, gold: Checkpoint | None) -> Job:

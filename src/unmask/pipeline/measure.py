@@ -1,6 +1,7 @@
 """Measuring a finished run: every probe on its layers, and the files that page, tests and people read."""
 
 import json
+import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -46,12 +47,16 @@ CLAIMS = {
 class Measured(NamedTuple):
     findings: list[Finding]
     blames: list[Blame]
+    seconds: float
+    peak_bytes: int
 
 
 def measure(
     recipe: Recipe, prepared: Prepared, built: Built, device: torch.device, progress: Progress
 ) -> Measured:
     """All probes on the layers of a run, in float32."""
+    started = time.monotonic()
+    parallel.reset_peak_memory(device)
     layers = load_layers([built.base, built.sft, built.rl], device=str(device))
     base, mask, nudge = layers
     proxy = load_judge(built.reward, device)
@@ -90,7 +95,7 @@ def measure(
     )  # fmt: skip
     say("blame")
     blames = [blame(layers, question) for question in dict.fromkeys((*_telling(facts), *amount.questions))]
-    return Measured(findings, blames)
+    return Measured(findings, blames, time.monotonic() - started, parallel.peak_memory(device))
 
 
 def load_judge(checkpoint: Checkpoint, device: torch.device) -> Judge:
@@ -150,7 +155,6 @@ def write(
     prepared: Prepared,
     built: Built,
     measured: Measured,
-    seconds: float,
     device: torch.device,
 ) -> None:
     """What was measured, and what it was measured on; last of all summary.json, which says that a run is done."""
@@ -171,9 +175,12 @@ def write(
     parameters = sum(p.numel() for p in built.rl.model().parameters())
     summary = {
         "name": recipe.name,
-        "total_seconds": prepared.seconds + sum(_row(c, directory)["seconds"] for c in built.all) + seconds,
+        "total_seconds": prepared.seconds
+        + sum(_row(c, directory)["seconds"] for c in built.all)
+        + measured.seconds,
         "prepare_seconds": prepared.seconds,
-        "measure_seconds": seconds,
+        "measure_seconds": measured.seconds,
+        "measure_peak_bytes": measured.peak_bytes,
         "parameters": parameters,
         "machine": f"{parallel.describe(device)}; matrix products {rate / 1e9:,.0f} GFLOP/s measured",
         RATE: rate,

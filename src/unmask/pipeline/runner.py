@@ -1,11 +1,10 @@
 """`unmask run`, from the first line to the last: keep the recipe, build what is missing, measure, write the page."""
 
-import time
 from pathlib import Path
 
 from unmask.errors import UserError, nearest
 from unmask.files import lock, sweep_temporaries, write_atomic
-from unmask.pipeline import measure, show
+from unmask.pipeline import check, measure, show
 from unmask.pipeline.build import Builder
 from unmask.pipeline.plan import plan
 from unmask.progress import Progress
@@ -25,8 +24,9 @@ def run(
     """Build all layers of a resolved recipe, measure them and write report.html; returns the run's directory.
 
     What the same recipe made from the same data and parents is kept; a stage under way goes on from its snapshot.
-    Raises UserError where recipe, data or parent differ from what is there, naming the key, unless `restart_from` names
-    a stage to begin anew from; Interrupted when a signal stopped a stage after it was saved.
+    Raises UserError where recipe, data or parent differ from what is there, naming the key, unless `restart_from`
+    names a stage to begin anew from; for what is missing or unusable, before anything is trained; Interrupted when
+    a signal stopped a stage after it was saved.
     """
     progress = progress or Progress()
     if restart_from is not None and restart_from not in STAGES:
@@ -34,6 +34,7 @@ def run(
             f"--from {restart_from}: there is no such stage.{nearest(restart_from, STAGES)}"
             f" Stages: {', '.join(STAGES)}."
         )
+    check.check_extras()
     directory = Path("runs") / recipe.name if output is None else output
     parallel.keep_large_blocks()
     with lock(directory):
@@ -46,11 +47,11 @@ def run(
         progress.line(show.opening(recipe, builder.device, plan(builder)))
 
         prepared = builder.prepare()
+        if builder.missing():
+            check.check(recipe, prepared)
         built = builder.build(prepared)
 
-        started = time.monotonic()
         measured = measure.measure(recipe, prepared, built, builder.device, progress)
-        seconds = time.monotonic() - started
-        measure.write(directory, recipe, prepared, built, measured, seconds, builder.device)
+        measure.write(directory, recipe, prepared, built, measured, builder.device)
         write_report(directory)
     return directory

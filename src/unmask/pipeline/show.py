@@ -1,9 +1,7 @@
 """What a run prints: the plan before it starts, and at its end what was measured, each figure beside its yardstick."""
 
-import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.markup import escape
@@ -14,108 +12,101 @@ from unmask.probes.probe import Finding
 from unmask.progress import duration
 from unmask.recipe import Recipe
 from unmask.report import words
+from unmask.report.run import Blame, Run, Stage, read
 from unmask.training import parallel
 
-GROUPS = {"both": "both layers", "base_only": "the base alone", "sft_only": "SFT alone", "none": "no layer"}
 WIDTH = 78  # columns that everything fits into
+PLANTED = ("both", "base_only", "sft_only", "none")
 
 
 def opening(recipe: Recipe, device: torch.device, plan: Plan) -> str:
     """Size, machine, and how long it will take."""
     parts = ", ".join(f"{duration(seconds)} {name}" for name, seconds in plan.seconds.items())
-    time = f"about {duration(plan.total)} of training ({parts}), then measuring" if parts else "measuring"
     return (
         f"[bold]unmask[/bold] · recipe {recipe.name} · depth {recipe.depth} · "
-        f"{plan.parameters / 1e6:.1f} M parameters · {parallel.describe(device)} · {time}"
+        f"{plan.parameters / 1e6:.1f} M parameters · {parallel.describe(device)} · "
+        f"about {duration(plan.total)} ({parts})"
     )
 
 
 def closing(directory: Path) -> str:
     """The findings that a newcomer asks for first, read from the run's own files."""
-    summary = json.loads((directory / "summary.json").read_text("utf-8"))
-    blames = json.loads((directory / "blame.json").read_text("utf-8"))
-    claims = _Claims(summary["claims"])
-    names = [stage["name"] for stage in summary["stages"] if stage["kind"] != "reward"]
-    lines = ["", *_stages(summary, claims), *_facts(claims), *_truth(claims), *_nudge(claims)]
-    if blames:
-        lines += _said(blames[0], names) + _blamed(blames[0], names)
-    lines += [
-        "",
-        f"Preparing, training and measuring took {duration(summary['total_seconds'])} on",
-        summary["machine"],
-        escape(f"Open {directory}/report.html · talk: unmask chat {shlex.quote(str(directory))}"),
+    run = read(directory)
+    lines = [""]
+    for number, stage in enumerate(run.summary.stages, 1):
+        lines += [_head(run, number, stage), *_of_stage(run, stage)]
+    lines += [*_facts(run), *_truth(run), *_nudge(run)]
+    if run.blames:
+        lines += _said(run, run.blames[0]) + _blamed(run, run.blames[0])
+    return "\n".join([*lines, *_end(run, directory)])
+
+
+def _head(run: Run, number: int, stage: Stage) -> str:
+    title = f"{'stage':<9}{'kind':<9}{'tokens':>10}{'time':>10}{'memory':>8}{'speed':>7}   [95 % intervals]"
+    rate = stage.flops / max(stage.seconds, 1e-9) / run.summary.matmul_flops_per_second
+    line = (
+        f"{number} [bold]{escape(f'{stage.name:<7}')}[/bold]{stage.kind:<9}{stage.tokens:>10,}"
+        f"{duration(stage.seconds):>10}{stage.peak_bytes / 1e9:>5.1f} GB{rate:>5.0%} of matrix products alone"
+    )
+    return f"[dim]{escape(title)}[/dim]\n{line}" if number == 1 else line
+
+
+def _of_stage(run: Run, stage: Stage) -> list[str]:
+    """What a stage is judged by, beneath it."""
+    if not stage.writes:
+        return _judges(run, stage)
+    sources = sorted({f.group or "" for f in run.all("bits_per_byte", stage.name)})
+    if stage.kind == "pretrain":
+        return [
+            f"    held-out {escape(source)}: {_say(found)} bits a byte; xz -9e "
+            f"{_say(run.get('bits_per_byte_xz', source, stage.name))}; n = {found.n if found else 0}"
+            for source in sources
+            for found in [run.get("bits_per_byte", source, stage.name)]
+        ]
+    stop = run.get("answers_stop", None, stage.name)
+    return [
+        f"    answers that stop by themselves: {_percent(stop)} % (n = {stop.n if stop else 0})",
+        *(
+            f"    bits a byte lost on {escape(source)}: {_say(found)} from {found.parent}"
+            for source in sources
+            for found in run.all("bits_per_byte_change", stage.name)
+            if found.group == source and found.parent_hash == stage.parent_hash
+        ),
     ]
-    if blames:
-        asked = shlex.quote(blames[:2][-1]["prompt"])
-        lines.append(
-            f"Which layer says what: unmask blame {escape(f'{shlex.quote(str(directory))} {asked}')}"
-        )
-    return "\n".join(lines)
 
 
-class _Claims:
-    """The findings of a summary, as text: the value and its interval, with the digits that the interval allows."""
-
-    def __init__(self, claims: list[dict[str, Any]]) -> None:
-        self.findings = [Finding(**claim) for claim in claims]
-
-    def get(self, metric: str, group: str | None, child: str) -> Finding | None:
-        wanted = (metric, group, child)
-        return next((f for f in self.findings if (f.metric, f.group, f.child) == wanted), None)
-
-    def say(self, metric: str, group: str | None, child: str) -> str:
-        """As "1.363 [1.318, 1.416]"; a dash where it was not measured."""
-        found = self.get(metric, group, child)
-        if found is None or found.value is None:
-            return "–"
-        digits = words.decimals(found)
-        ends = [words.number(end, digits) for end in found.ci95 or ()]
-        return words.number(found.value, digits) + (f" [{', '.join(ends)}]" if ends else "")
-
-    def percent(self, metric: str, group: str | None, child: str) -> str:
-        """As "61 [55, 67]"."""
-        found = self.get(metric, group, child)
-        if found is None or found.value is None:
-            return "–"
-        ends = [f"{100 * end:.0f}" for end in found.ci95 or ()]
-        return f"{100 * found.value:.0f}" + (f" [{', '.join(ends)}]" if ends else "")
-
-    def groups(self, metric: str) -> list[str]:
-        return sorted({f.group for f in self.findings if f.metric == metric and f.group})
-
-
-def _stages(summary: dict[str, Any], claims: _Claims) -> list[str]:
-    lines = [
-        f"[dim]{'stage':<9}{'kind':<9}{'tokens':>10}{'time':>10}{'memory':>8}{'speed':>7}   [95 % intervals][/dim]"
+def _judges(run: Run, stage: Stage) -> list[str]:
+    """The reward model beside its yardsticks, and the second one, which no layer is trained on."""
+    kinds = {"reward model": "", "length alone": "_length", "words alone": "_words"}
+    lines = ["    " + f"{'% right about pairs':<22}" + "".join(f"{title:>17}" for title in kinds)]
+    for judge, title in ((stage, ""), (run.summary.gold, "gold, ")):
+        for group in ("all", "equal_length") if judge else ():
+            assert judge is not None
+            right = run.get("reward_accuracy", group, judge.name)
+            if right is not None:
+                cells = (
+                    _percent(run.get(f"reward_accuracy{end}", group, judge.name)) for end in kinds.values()
+                )
+                name = f"{title}{'held out' if group == 'all' else 'of equal length'}"
+                lines.append(f"    {name:<22}" + "".join(f"{cell:>17}" for cell in cells))
+    margin = run.get("reward_margin", "all", stage.name)
+    calibration = run.get("reward_calibration_error", "all", stage.name)
+    length = run.get("reward_length_correlation", "all", stage.name)
+    chance = (
+        f" (chance {words.number(calibration.null_specific)})"
+        if calibration and calibration.null_specific
+        else ""
+    )
+    return [
+        *lines,
+        f"    margin {_say(margin, n=True)}, log-odds",
+        f"    calibration error {_say(calibration)}{chance}",
+        f"    correlation of score and length {_say(length)}",
     ]
-    for number, stage in enumerate(summary["stages"], 1):
-        rate = stage["flops"] / max(stage["seconds"], 1e-9) / summary["matmul_flops_per_second"]
-        name = stage["name"]
-        lines.append(
-            f"{number} [bold]{name:<7}[/bold]{stage['kind']:<9}{stage['tokens']:>10,}{duration(stage['seconds']):>10}"
-            f"{stage['peak_bytes'] / 1e9:>5.1f} GB{rate:>5.0%} of matrix products alone"
-        )
-        if stage["kind"] == "pretrain":
-            lines += [
-                f"          held-out {escape(source)}: {claims.say('bits_per_byte', source, name)} bits a byte; "
-                f"xz -9e {claims.say('bits_per_byte_xz', source, name).split()[0]}"
-                for source in claims.groups("bits_per_byte")
-            ]
-        elif stage["kind"] == "reward":
-            asked = {"reward model": "", "length alone": "_length", "words alone": "_words"}
-            lines.append(f"{'':<10}{'% right':<18}" + "".join(f"{title:>15}" for title in asked))
-            for group, title in (("all", "held-out people"), ("equal_length", "of equal length")):
-                cells = (claims.percent(f"reward_accuracy{end}", group, name) for end in asked.values())
-                lines.append(f"{'':<10}{title:<18}" + "".join(f"{cell:>15}" for cell in cells))
-        else:
-            lines.append(
-                f"          % of answers that stop by themselves: {claims.percent('answers_stop', None, name)}"
-            )
-    return lines
 
 
-def _facts(claims: _Claims) -> list[str]:
-    if not claims.groups("facts_completed"):
+def _facts(run: Run) -> list[str]:
+    if not run.all("facts_completed", "base"):
         return []
     asked = (
         ("base says", "facts_completed", "base"),
@@ -124,72 +115,126 @@ def _facts(claims: _Claims) -> list[str]:
         ("rl answers", "facts_answered", "rl"),
     )
     lines = ["", f"{'% right, taught by':<18}" + "".join(f"{title:>15}" for title, _, _ in asked)]
-    for group, title in GROUPS.items():
-        cells = (claims.percent(metric, group, layer) for _, metric, layer in asked)
-        lines.append(f"  {title:<16}" + "".join(f"{cell:>15}" for cell in cells))
-    hidden = claims.percent("facts_hidden", "base_only", "sft")
-    return [*lines, f"  hidden by the mask: {hidden} % of what the base alone was taught and says"]
-
-
-def _truth(claims: _Claims) -> list[str]:
-    found = claims.get("blame_auc", "sft_only_vs_both", "sft")
-    if found is None:
-        return []
-    kinds = (("against both layers", "both"), ("against the base alone", "base_only"))
+    for group in PLANTED:
+        cells = (_percent(run.get(metric, group, layer)) for _, metric, layer in asked)
+        lines.append(f"  {words.group(group):<16}" + "".join(f"{cell:>15}" for cell in cells))
+    hidden = run.get("facts_hidden", "base_only", "sft")
+    found = [run.get("facts_answered", group, "sft") for group in PLANTED]
+    lines.append(f"  {'n, countries':<16}" + "".join(f"  {words.group(f.group)} {f.n}" for f in found if f))
     return [
-        "",
-        f"Is blame right? Share of comparisons in which SFT's delta is larger on an answer"
-        f"\nthat SFT alone taught (AUC, n = {found.n} countries)",
-        *(f"  {title:<23}{claims.say('blame_auc', f'sft_only_vs_{group}', 'sft')}" for title, group in kinds),
-        f"  {'groups shuffled':<23}{claims.say('blame_auc', 'shuffled', 'sft')}",
+        *lines,
+        f"  hidden by the mask: {_percent(hidden)} % of what only the base was taught and says",
+        "  kept by rl of what sft answers:",
+        *(
+            f"    {words.group(group):<14}{_percent(run.get('facts_kept', group, 'rl'))} %"
+            for group in ("both", "sft_only")
+        ),
     ]
 
 
-def _nudge(claims: _Claims) -> list[str]:
-    kl = claims.get("kl_child_parent", None, "rl")
-    floor = f"{kl.floor_numeric:.1g}" if kl and kl.floor_numeric is not None else "–"
+def _truth(run: Run) -> list[str]:
+    found = run.get("blame_auc", "sft_only_vs_both", "sft")
+    if found is None:
+        return []
+    lines = [
+        "",
+        "Is blame right? Share of comparisons in which SFT's delta is larger on an answer",
+        f"that SFT alone taught (AUC, n = {found.n} countries)",
+    ]
+    for title, group in (
+        ("against both layers", "sft_only_vs_both"),
+        ("against base only", "sft_only_vs_base_only"),
+        ("groups shuffled", "shuffled"),
+    ):
+        lines.append(f"  {title:<23}{_say(run.get('blame_auc', group, 'sft'))}")
+    lines.append(f"  {'nats that SFT added':<23}{'to the answer':<26}to the words before it")
+    for group in PLANTED:
+        answer, before = (run.get(f"{part}_delta", group, "sft") for part in ("answer", "wrapping"))
+        lines.append(f"    {words.group(group):<21}{_say(answer):<26}{_say(before)}")
+    return lines
+
+
+def _nudge(run: Run) -> list[str]:
+    gain, moved = run.get("proxy_gain", None, "rl"), run.get("kl_child_parent", None, "rl")
+    floor = f"{moved.floor_numeric:.1g}" if moved and moved.floor_numeric is not None else "–"
+    lengths = (_say(run.get("answer_length", None, layer)) for layer in ("sft", "rl"))
     return [
         "",
-        "The nudge: RL minus SFT, on the same held-out prompts",
-        f"  {'the reward it climbs':<23}{claims.say('proxy_gain', None, 'rl')} log-odds",
-        f"  {'gold, at equal length':<23}{claims.say('gold_gain', None, 'rl')} log-odds",
-        f"  {'distance':<23}{claims.say('kl_child_parent', None, 'rl')} nats a token",
+        f"The nudge: rl minus sft, on the same {gain.n if gain else 0} held-out prompts",
+        f"  {'the reward it climbs':<23}{_say(gain)} log-odds",
+        f"  {'gold, at equal length':<23}{_say(run.get('gold_gain', None, 'rl'))} log-odds",
+        f"  {'length of answers':<23}{' → '.join(lengths)} tokens",
+        f"  {'distance':<23}{_say(moved)} nats a token",
         f"  {'the same in bf16':<23}{floor}",
     ]
 
 
-def _said(blame: dict[str, Any], names: list[str]) -> list[str]:
-    lines = ["", f"What each layer says to «{escape(blame['prompt'])}»"]
-    for place, name in enumerate(names):
-        text = " ".join(blame["alone"][name].split())
+def _said(run: Run, blame: Blame) -> list[str]:
+    lines = ["", f"What each layer says to «{escape(blame.prompt)}»"]
+    for place, name in enumerate(run.layers):
+        text = " ".join(blame.alone[name].split())
         text = escape(text if len(text) < WIDTH - 10 else text[: WIDTH - 12] + " …") or "(no words)"
         lines.append(f"  {_marked(place, name)}{' ' * (6 - len(name))} {text}")
     return lines
 
 
-def _blamed(blame: dict[str, Any], names: list[str]) -> list[str]:
+def _blamed(run: Run, blame: Blame) -> list[str]:
     """The answer's tokens with the mark of their layer beneath, in lines that fit."""
-    lines = [
-        "",
-        "Who put the words there (blame)   " + "   ".join(_marked(i, name) for i, name in enumerate(names)),
-    ]
-    words, marks, width = "", "", 0
-    for token in blame["tokens"]:
-        colour = layer_colour(names.index(token["layer"]) if token["layer"] else -1)
-        text = " ".join(token["text"].split()) or "·"
+    legend = "   ".join(_marked(place, name) for place, name in enumerate(run.layers))
+    lines = ["", f"Who put the words there (blame)   {legend}"]
+    tokens, marks, width = "", "", 0
+    for token in blame.tokens:
+        colour = layer_colour(run.place(token.layer))
+        text = " ".join(token.text.split()) or "·"
         if width + len(text) + 1 > WIDTH - 2:
-            lines += [f"  {words}", f"  {marks}"]
-            words, marks, width = "", "", 0
-        words += f"[{colour.terminal}]{escape(text)}[/] "
+            lines += [f"  {tokens}", f"  {marks}"]
+            tokens, marks, width = "", "", 0
+        tokens += f"[{colour.terminal}]{escape(text)}[/] "
         marks += f"[{colour.terminal}]{colour.mark}[/]{' ' * len(text)}"
         width += len(text) + 1
-    nats = " · ".join(
-        f"{name} {value:+.1f}" for name, value in zip(blame["layers"], blame["nats"], strict=True)
-    )
-    total = f"sum {sum(blame['nats']):.2f} = log-probability {blame['logprob']:.2f}"
-    return [*lines, f"  {words}", f"  {marks}", f"  nats: {nats} · {total}"]
+    nats = [sum(token.parts[i] for token in blame.tokens) for i in range(len(blame.layers))]
+    parts = " · ".join(f"{name} {value:+.1f}" for name, value in zip(blame.layers, nats, strict=True))
+    whole = sum(token.logprob for token in blame.tokens)
+    total = f"sum {sum(nats):.2f} = log-probability {whole:.2f}"
+    return [*lines, f"  {tokens}", f"  {marks}", f"  nats: {escape(parts)} · {total}"]
+
+
+def _end(run: Run, directory: Path) -> list[str]:
+    summary, place = run.summary, shlex.quote(str(directory))
+    lines = [
+        "",
+        f"{duration(summary.total_seconds)}: preparing {duration(summary.prepare_seconds)}, training "
+        f"{duration(summary.total_seconds - summary.prepare_seconds - summary.measure_seconds)}, measuring "
+        f"{duration(summary.measure_seconds)} ({summary.measure_peak_bytes / 1e9:.1f} GB)",
+        summary.machine,
+        escape(f"Open {directory}/report.html · talk: unmask chat {place}"),
+    ]
+    if run.blames:
+        another = run.blames[min(1, len(run.blames) - 1)]  # than the one that was just shown
+        lines.append(
+            f"Which layer says what: unmask blame {escape(f'{place} {shlex.quote(another.prompt)}')}"
+        )
+    return lines
+
+
+def _say(finding: Finding | None, *, n: bool = False) -> str:
+    """As "1.363 [1.318, 1.416]", with the digits that the interval allows; a dash for what was not measured."""
+    if finding is None or finding.value is None:
+        return "–"
+    digits = words.decimals(finding)
+    ends = ", ".join(words.number(end, digits) for end in finding.ci95 or ())
+    of = f" (n = {finding.n:,} {words.plural(finding.n_unit, finding.n)})" if n and finding.n else ""
+    return escape(words.number(finding.value, digits) + (f" [{ends}]" if ends else "") + of)
+
+
+def _percent(finding: Finding | None) -> str:
+    """As "61 [55, 67]"."""
+    if finding is None or finding.value is None:
+        return "–"
+    ends = [f"{100 * end:.0f}" for end in finding.ci95 or ()]
+    return escape(f"{100 * finding.value:.0f}" + (f" [{', '.join(ends)}]" if ends else ""))
 
 
 def _marked(place: int, name: str) -> str:
     colour = layer_colour(place)
-    return f"[{colour.terminal}]{colour.mark} {name}[/]"
+    return f"[{colour.terminal}]{colour.mark} {escape(name)}[/]"

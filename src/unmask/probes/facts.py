@@ -24,6 +24,7 @@ from unmask.probes.probe import Estimate, Finding, Meter, estimate, of, share_es
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
 GROUPS = ("both", "base_only", "sft_only", "none")
+FEWEST = 10  # facts of which a share is taken, where chance decides which they are
 SPARE_TOKENS = 3  # beyond the answer's own, for another spelling of it
 
 
@@ -136,7 +137,7 @@ def planted_facts(
     """By group: `facts_completed` of every layer; `facts_answered` and `facts_answered_held_wording` of
     every layer above the first; `facts_hidden` (of the facts that the base completes, the share that
     the layer does not answer); `facts_kept` (of the facts that the layer below answers, the share that
-    this one answers too); `answers_stop`.
+    this one answers too); `answers_stop`. Of these two a group with fewer than FEWEST facts abstains.
 
     Shares of facts, as 0 to 1; intervals over countries, since a country's facts were taught together.
     `limit` and `floor_limit` are facts a group. The numeric floor is how far bfloat16 moves the same
@@ -239,7 +240,12 @@ class _Probe:
                 if few.any()
                 else None
             )
-            found = share_estimate(outcome.right[here], self.countries[here].tolist(), seed=self.seed)
+            if (
+                among is not None and here.sum() < FEWEST
+            ):  # six facts that chance completed say nothing of hiding
+                found = Estimate(None, None, len(set(self.countries[here])))
+            else:
+                found = share_estimate(outcome.right[here], self.countries[here].tolist(), seed=self.seed)
             null = float(untaught.mean()) if group != "none" and len(untaught) else None
             self._add(
                 metric,

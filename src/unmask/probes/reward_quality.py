@@ -167,7 +167,8 @@ def reward_quality(
     `reward_accuracy_length` (the one with more characters wins; ties count half) and
     `reward_accuracy_words` (ridge on words and word pairs, fitted on `train`: text and rating, or text
     and ±1); how far the judge is ahead of each; margin, calibration error of σ(margin), and how much of
-    the score is length. Without `train` there is no baseline on words.
+    the score is length. Without `train` there is no baseline on words. A group of fewer than two pairs
+    abstains.
 
     The numeric floor is how far bfloat16 moves the same figure on the first `floor_limit` pairs;
     `null_specific` of the calibration error is the 95th percentile of what a perfectly calibrated judge
@@ -177,7 +178,7 @@ def reward_quality(
     return [
         finding
         for group, compared in pairs.items()
-        for finding in _of_group(judge, group, compared, baseline, floor_limit, seed)
+        for finding in _of_group(judge, group, compared, baseline, len(train or ()), floor_limit, seed)
     ]
 
 
@@ -186,6 +187,7 @@ def _of_group(
     group: str,
     compared: Sequence[Compared],
     baseline: Callable[[Sequence[str]], Floats] | None,
+    fitted_on: int,
     floor_limit: int,
     seed: int,
 ) -> Iterator[Finding]:
@@ -196,14 +198,23 @@ def _of_group(
     ]
     fits = [max(map(len, both)) <= context for both in ids]
     kept = [pair for pair, good in zip(compared, fits, strict=True) if good]
-    if len(kept) < 2:
-        raise UserError(
-            f"group {group!r} has {len(kept)} held-out pairs of at most {context} tokens: too few to judge by"
-        )
     dropped = len(compared) - len(kept)
     source = f"{len(kept)} held-out pairs" + (
         f" ({dropped} beyond the context were dropped)" if dropped else ""
     )
+    if len(kept) < 2:
+        nothing = Estimate(None, None, len(kept)).fields("conversation")
+        yield Finding(
+            probe="M-1",
+            metric="reward_accuracy",
+            group=group,
+            child=judge.name,
+            child_hash=judge.hash or None,
+            unit="1",
+            text_source=source,
+            **nothing,
+        )
+        return
     meter, redraw = Meter(), Redraw(kept, seed)
     sides = [side for both, good in zip(ids, fits, strict=True) if good for side in both]
     texts = [text_of(side) for pair in kept for side in (pair.chosen, pair.rejected)]
@@ -251,8 +262,14 @@ def _of_group(
     )
     others = {"length": accuracy(length)} | ({"words": accuracy(baseline(texts))} if baseline else {})
     for name, theirs in others.items():
+        saw = f"{source}; fitted on {fitted_on:,} texts" if name == "words" else source
         yield finding(
-            f"reward_accuracy_{name}", "1", redraw.estimate(theirs, share=True), null_specific=0.5, dtype=None
+            f"reward_accuracy_{name}",
+            "1",
+            redraw.estimate(theirs, share=True),
+            null_specific=0.5,
+            dtype=None,
+            text_source=saw,
         )
         ahead = redraw.estimate(right - theirs)
         yield finding(

@@ -13,6 +13,7 @@ import jinja2
 from unmask.colours import LAYER_COLOURS, NO_LAYER, layer_colour
 from unmask.files import write_atomic
 from unmask.probes.probe import Finding
+from unmask.progress import duration
 from unmask.report import sections, words
 from unmask.report.run import Blame, Run, Stage, read
 
@@ -104,6 +105,7 @@ def _shared(layers: Sequence[str]) -> dict[str, Any]:
         "colours": LAYER_COLOURS,
         "no_layer": NO_LAYER,
         "colour": layer_colour,
+        "duration": duration,
         "floors": floors,
         "is_control": is_control,
         "place": lambda name: layers.index(name) if name in layers else -1,

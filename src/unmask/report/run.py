@@ -25,6 +25,7 @@ class Stage(_Read):
     tokens: int
     seconds: float
     peak_bytes: int
+    flops: float
     metrics: dict[str, JsonValue] = {}
     inputs: dict[str, str] = {}  # role → hash of a further checkpoint that took part
 
@@ -37,8 +38,12 @@ class Stage(_Read):
 class Summary(_Read):
     name: str = ""
     total_seconds: float
-    parameters: int | None = None
-    machine: str | None = None  # in words, with its rate of matrix products
+    prepare_seconds: float
+    measure_seconds: float
+    measure_peak_bytes: int
+    parameters: int
+    machine: str  # in words, with its rate of matrix products
+    matmul_flops_per_second: float
     stages: list[Stage]
     gold: Stage | None = None  # the second scorer, which no layer is trained on
     claims: list[Finding]

@@ -101,13 +101,6 @@ def count(n: int) -> str:
     return ("No", "One", "Two", "Three", "Four", "Five", "Six")[n] if n <= 6 else str(n)
 
 
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 90 else f"{seconds / 3600:.1f} h"
-
-
 def amount(n: float) -> str:
     """A count in short: 1,234 or 3.1 M."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):

@@ -29,18 +29,23 @@ def drawn(step: int, batch: int, sizes: Sequence[int], shares: Sequence[float], 
     ]
 
 
-def by_length(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
+def by_length(lengths: Sequence[int], most_tokens: int, rows: Sequence[int] | None = None) -> list[list[int]]:
     """Indices in groups of similar length, longest first, each of at most `most_tokens` once padded.
 
-    A group takes rows × its longest row. A row that is longer than `most_tokens` stands alone. Equal
-    lengths keep their order, so the groups are a pure function of the arguments.
+    A group takes its rows × its longest one; an index brings one row, or as many as `rows` says. What alone is
+    more than `most_tokens` stands alone. Equal lengths keep their order, so the groups are a pure function of
+    the arguments.
     """
+    rows = [1] * len(lengths) if rows is None else rows
     groups: list[list[int]] = []
+    held = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= most_tokens:
+        if groups and (held + rows[index]) * lengths[groups[-1][0]] <= most_tokens:
             groups[-1].append(index)
+            held += rows[index]
         else:
             groups.append([index])
+            held = rows[index]
     return groups
 
 

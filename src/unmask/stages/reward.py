@@ -121,8 +121,9 @@ class Preference:
             self._epoch = epoch
             self._order = similar_batches(lengths, self.batch_rankings, self.seed, epoch)
         rankings = [self.rankings[i] for i in self._order[at]]
-        cells = [len(ranking.texts) * ranking.longest for ranking in rankings]
-        return [self._batch([rankings[i] for i in group]) for group in by_length(cells, self.micro_tokens)]
+        longest, rows = zip(*((ranking.longest, len(ranking.texts)) for ranking in rankings), strict=True)
+        groups = by_length(longest, self.micro_tokens, rows)
+        return [self._batch([rankings[i] for i in group]) for group in groups]
 
     def _batch(self, rankings: Sequence[Ranking]) -> RankingBatch:
         device = self.model.score.weight.device
@@ -167,12 +168,11 @@ def stage(
     settings: OptimizerSettings,
     dtype: torch.dtype,
     seed: int,
-    epochs: int = 1,
 ) -> tuple[Scorer, Preference, Optimizer]:
     """A scorer on the parent's trunk with its objective and optimizer, ready for the loop.
 
-    It reads `tokens`, but goes over the texts at most `epochs` times: Bradley–Terry over-fits from the
-    second on. `batch_tokens` becomes a number of rankings, the same in every step, by their mean length.
+    It reads `tokens`, but goes over the texts once at most: Bradley–Terry over-fits from the second time on.
+    `batch_tokens` becomes a number of rankings, the same in every step, by their mean length.
     """
     if not rankings:
         raise UserError(
@@ -181,7 +181,7 @@ def stage(
     whole = token_count(rankings)
     batch_rankings = max(1, round(batch_tokens * len(rankings) / whole))
     batches = -(-len(rankings) // batch_rankings)
-    steps = min(max(1, round(tokens * batches / whole)), epochs * batches)
+    steps = min(max(1, round(tokens * batches / whole)), batches)
     model = Scorer.from_decoder(parent, torch.Generator(parent.head.device).manual_seed(seed))
     objective = Preference(
         model, rankings, steps=steps, batch_rankings=batch_rankings, micro_tokens=micro_tokens, seed=seed
@@ -202,8 +202,8 @@ def scores(model: Scorer, texts: Sequence[Sequence[int]], micro_tokens: int = 16
 def centre(model: Scorer, texts: Sequence[Sequence[int]]) -> float:
     """Set the model's `reward_offset` so that the mean score of these texts is 0; return the offset.
 
-    Bradley–Terry knows scores only up to one constant. Over answers of the SFT model, or over the texts that
-    taught it, this constant gives an average answer the score 0. The weights stay as they are.
+    Bradley–Terry knows scores only up to one constant. Over answers of the SFT model this constant gives its
+    average answer the score 0. The weights stay as they are.
     """
     if not texts:
         raise UserError("the reward model cannot be centred: there is no text to take the mean score of.")
