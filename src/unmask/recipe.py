@@ -82,7 +82,11 @@ class Training(Section):
 
 
 class PretrainSection(Training):
+    """Rows of a source's text run on through documents, and a token sees the earlier ones in its row, unless
+    `cross_documents` is false."""
+
     sources: tuple[Source, ...] = Field(min_length=1)
+    cross_documents: bool = True
 
 
 class SftSection(Training):
@@ -91,9 +95,10 @@ class SftSection(Training):
 
 
 class RewardSection(Training):
-    """Bradley–Terry on pairs. `chitchat` makes pairs from rated conversations (docs/preferences-from-ratings.md)."""
+    """Bradley–Terry on the pairs of a file, or on pairs made from the ratings of `chitchat`, for which alone
+    `apart`, `window_turns` and `together` are (docs/preferences-from-ratings.md)."""
 
-    source: Source
+    source: Source  # its share says nothing: it is the only one
     apart: float = Field(default=3.0, gt=0)  # points between the ratings of a pair
     window_turns: int = Field(default=4, ge=2, multiple_of=2)  # user first, assistant last
     equal_length: float | None = Field(

@@ -26,15 +26,13 @@ def exact(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 37, 1024])
-@pytest.mark.parametrize("weighted", [None, "float", "bool"])
-def test_cross_entropy_sum_and_its_gradients_equal_float64(chunk: int, weighted: str | None) -> None:
-    hidden, head, targets, weights = inputs()
-    weights_N = None if weighted is None else weights if weighted == "float" else weights > 0
-    loss = cross_entropy_sum(hidden, head, targets, weights_N, chunk)
+def test_cross_entropy_sum_and_its_gradients_equal_float64(chunk: int) -> None:
+    hidden, head, targets, _ = inputs()
+    loss = cross_entropy_sum(hidden, head, targets, chunk)
     assert (loss.dtype, loss.shape) == (torch.float32, ())
     (loss * 0.3).backward()
     hidden64, head64, rows = exact(hidden, head, targets)
-    expected = rows.sum() if weights_N is None else (rows * weights_N.double()).sum()
+    expected = rows.sum()
     (expected * 0.3).backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(hidden.grad.double(), hidden64.grad, rtol=1e-4, atol=1e-6)
@@ -57,10 +55,10 @@ def test_token_log_probs_and_their_gradients_equal_float64(chunk: int, temperatu
 
 
 def test_the_gradients_pass_a_numerical_check() -> None:
-    hidden, head, targets, weights = inputs(torch.float64)
+    hidden, head, targets, _ = inputs(torch.float64)
     small = hidden[:5, :4].detach().requires_grad_(), head[:6, :4].detach().requires_grad_()
-    targets, weights = targets[:5] % 6, weights[:5].double()
-    assert torch.autograd.gradcheck(lambda h, w: cross_entropy_sum(h, w, targets, weights, 2), small)
+    targets = targets[:5] % 6
+    assert torch.autograd.gradcheck(lambda h, w: cross_entropy_sum(h, w, targets, 2), small)
     assert torch.autograd.gradcheck(lambda h, w: token_log_probs(h, w, targets, 0.7, 2), small)
 
 
@@ -86,12 +84,11 @@ def test_what_is_frozen_gets_no_gradient_and_the_other_keeps_its_own(frozen: str
         assert (hidden if frozen == "hidden" else head).grad is None
 
 
-def test_no_rows_and_no_weight_give_a_zero_loss_and_zero_gradients() -> None:
+def test_no_rows_give_a_zero_loss_and_zero_gradients() -> None:
     hidden, head, targets, _ = inputs()
-    no_weight = cross_entropy_sum(hidden, head, targets, torch.zeros(37))
     no_rows = cross_entropy_sum(hidden[:0], head, targets[:0])
-    assert no_weight == no_rows == 0
-    (no_weight + no_rows).backward()
+    assert no_rows == 0
+    no_rows.backward()
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
     assert torch.equal(head.grad, torch.zeros_like(head))
     assert token_log_probs(hidden[:0], head, targets[:0]).shape == (0,)

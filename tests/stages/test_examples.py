@@ -83,16 +83,19 @@ def test_no_held_out_prompt_is_imitated_answered_or_rewarded(tmp_path: Path) -> 
 @pytest.mark.parametrize("common", [True, False], ids=["common prompt", "no common prompt"])
 def test_pairs_fall_into_two_disjoint_halves_and_what_is_held_out(tmp_path: Path, common: bool) -> None:
     recipe = made(tmp_path, rows(4), preference_rows(300, common=common))
-    parts = {half: examples.rankings(recipe, half)[0] for half in ("proxy", "gold", "held_out")}
-    sizes = {half: len(part) for half, part in parts.items()}
+    halves: tuple[examples.Half, ...] = ("proxy", "gold", "held_out")
+    sizes = {half: len(examples.comparisons(recipe, half, 1000)) for half in halves}
     assert sum(sizes.values()) == 300
     assert min(sizes.values()) > 60
-    for half, part in parts.items():
+    for half in halves:
+        part, _ = examples.rankings(recipe, half)
         sides = [(r.chats[a], r.chats[b]) for r in part for a, b in r.better]
-        assert sides == [(c.chosen, c.rejected) for c in examples.comparisons(recipe, half, 1000)]
-        assert [chat for chat, _ in examples.opinions(recipe, half)] == [
-            chat for r in part for chat in r.chats
-        ]
+        equal = examples.EQUAL_LENGTH if half == "gold" else None
+        assert sides == [(c.chosen, c.rejected) for c in examples.comparisons(recipe, half, 1000, equal)]
+        if half != "gold":
+            assert [chat for chat, _ in examples.opinions(recipe, half)] == [
+                chat for r in part for chat in r.chats
+            ]
 
 
 def test_what_is_left_out_of_the_preferences_is_counted(tmp_path: Path) -> None:
@@ -103,13 +106,14 @@ def test_what_is_left_out_of_the_preferences_is_counted(tmp_path: Path) -> None:
     assert +dropped == {"pairs beyond most_texts": len(every) - 10}
     assert few == examples.rankings(recipe, "proxy")[0]  # drawn by the seed
     equal = examples.comparisons(recipe, "proxy", 1000, 0.1)
-    _, dropped = examples.rankings(recipe, "proxy", 0.1)
+    asked = recipe.model_copy(update={"reward": recipe.reward.model_copy(update={"equal_length": 0.1})})
+    _, dropped = examples.rankings(asked, "proxy")
     assert dropped["pairs of unequal length"] == len(every) - len(equal) > 0
 
 
-def test_pairs_of_equal_length_differ_by_no_more_than_asked(tmp_path: Path) -> None:
+def test_the_gold_scorers_pairs_are_of_equal_length_without_being_asked(tmp_path: Path) -> None:
     recipe = made(tmp_path, rows(4), preference_rows(300, common=True))
-    found, _ = examples.rankings(recipe, "gold", 0.1)
+    found, _ = examples.rankings(recipe, "gold")
     assert found
     for ranking in found:
         a, b = (sum(len(m["content"]) + 1 for m in side) - 1 for side in ranking.chats)

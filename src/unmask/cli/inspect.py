@@ -1,8 +1,9 @@
 """`unmask log`, `diff` and `blame`: where a model comes from, what each layer changed, which layer put a word there."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -11,7 +12,10 @@ from rich.text import Text
 
 from unmask.colours import layer_colour
 from unmask.errors import UserError
-from unmask.progress import UNPRINTABLE, console, duration
+from unmask.progress import UNPRINTABLE, Progress, console, duration
+
+if TYPE_CHECKING:
+    from unmask.probes.probe import Finding
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Models = Annotated[
@@ -53,12 +57,12 @@ def diff(
     from unmask.probes.compare import compare, texts_beside
 
     layers = open_layers(models)
-    findings = compare(layers, texts_beside(models, prompts, text), limit=limit)
+    findings = compare(layers, texts_beside(models, prompts, text), limit=limit, say=Progress().line)
     if as_json:
         for finding in findings:
             print(json.dumps(finding.to_json()))
     else:
-        _print_diff([finding.to_json() for finding in findings])
+        _print_diff(findings)
 
 
 def blame(
@@ -130,25 +134,47 @@ def _print_log(rows: list[dict[str, Any]], problems: list[str]) -> None:
         out.print("[green]✓[/green] every hash holds: tensors, tokenizer, template, config, records, parents")
 
 
-def _print_diff(findings: list[dict[str, Any]]) -> None:
+def _print_diff(findings: "Sequence[Finding]") -> None:
+    """A line a finding, in 80 columns, beneath the layers and the text that it was read on."""
+    from unmask.report import words
+
     out = console()
-    table = Table(
-        "layer", "metric", "value", "95 % interval", "floor", "n", "verdict", box=None, pad_edge=False
-    )
+    out.print(f"[dim]{'':<36} {'value [95 % interval]':<31} {'floor':<7} beyond[/dim]")
+    tables: dict[str, dict[str, list[Finding]]] = {}
     for f in findings:
-        if f["value"] is None:
-            continue
-        layers = f"{f['parent']} → {f['child']}" if f["parent"] else f["child"]
-        where = " ".join(filter(None, (f["group"], f["text_source"])))
-        interval = "exact" if f["exact"] else f"{f['ci95'][0]:.3g} … {f['ci95'][1]:.3g}"
-        floor = "" if f["floor_numeric"] is None else f"{f['floor_numeric']:.2g}"
-        n = "" if f["n"] is None else f"{f['n']} {f['n_unit']}"
-        unit = "" if f["unit"] == "1" else f" {f['unit']}"
-        table.add_row(
-            escape(layers), f"{f['metric']} [dim]{escape(where)}[/dim]", f"{f['value']:.4g}{unit}", interval, floor, n,
-            f["verdict"] or "",
-        )  # fmt: skip
-    out.print(table)
+        n = "" if f.n is None else f"n = {f.n:,} {words.plural(f.n_unit, f.n)}"
+        read = " · ".join(filter(None, (f.text_source, n))) or "weights"
+        layers = f"{f.parent} → {f.child}" if f.parent else f.child
+        tables.setdefault(layers, {}).setdefault(read, []).append(f)
+    for layers, table in tables.items():
+        out.print(f"[bold]{escape(layers)}[/bold]")
+        for read, rows in table.items():
+            out.print(f" [dim]{escape(read)}[/dim]")
+            for f in rows:
+                name = f.metric + (f" ({f.group})" if f.group else "")
+                digits = words.decimals(f)
+                value = "–" if f.value is None else words.number(f.value, digits)
+                ends = ", ".join(words.number(end, digits) for end in f.ci95 or ())
+                unit = "" if f.unit == "1" else f" {f.unit}"
+                said = value + (f" [{ends}]" if ends else "") + unit
+                floor = "exact" if f.exact else "–" if f.floor_numeric is None else f"{f.floor_numeric:.2g}"
+                out.print(escape(f"  {name:<34} {said:<31} {floor:<7} {_beyond(f.verdict or '')}").rstrip())
+    out.print(
+        "[dim]A: answers of the layer, P: of the one below it, N: held-out text.\n"
+        "floor: the same weights in bfloat16. beyond: the whole interval is.[/dim]"
+    )
+
+
+def _beyond(verdict: str) -> str:
+    return (
+        verdict
+        if verdict.startswith("abstain")
+        else "yes"
+        if verdict.startswith("above")
+        else "no"
+        if verdict
+        else ""
+    )
 
 
 def _print_blame(found: dict[str, Any]) -> None:

@@ -13,8 +13,6 @@ KINDS = {
     "sft": "supervised fine-tuning on conversations",
     "reward": "a reward model from human preferences (Bradley–Terry); it scores, it does not write",
     "ppo": "reinforcement learning from human feedback (PPO)",
-    "dpo": "direct preference optimisation",
-    "grpo": "group-relative policy optimisation",
 }
 
 

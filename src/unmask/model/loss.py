@@ -32,9 +32,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 class CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor | None, chunk: int
-    ) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         need_hidden, need_head = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden_ND) if need_hidden else None
@@ -44,15 +42,11 @@ class CrossEntropySum(torch.autograd.Function):
             hidden, targets = hidden_ND[rows], targets_N[rows, None]
             logits = float_logits(hidden, head_VD)
             log_probs = logits.log_softmax(-1)
-            losses = -log_probs.gather(1, targets)
-            weights = None if weights_N is None else weights_N[rows, None].to(exact)
-            total += (losses if weights is None else losses * weights).sum()
+            total -= log_probs.gather(1, targets).sum()
             if d_hidden is None and d_head is None:
                 continue
             slope = log_probs.exp_()
-            slope.scatter_add_(1, targets, torch.full_like(losses, -1.0))
-            if weights is not None:
-                slope.mul_(weights)
+            slope.scatter_add_(1, targets, slope.new_full((len(targets), 1), -1.0))
             slope = slope.to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[rows] = product(slope, head_VD)
@@ -63,26 +57,23 @@ class CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_head = ctx.saved_tensors
         return (
             None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
             None if d_head is None else d_head * grad.to(d_head.dtype),
             None,
             None,
-            None,
         )
 
 
-def cross_entropy_sum(
-    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor | None = None, chunk: int = 1024
-) -> Tensor:
-    """Σ_n −w_n · log softmax(logits_n)[target_n] in nats: a float32 SUM, to be divided by global counts.
+def cross_entropy_sum(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int = 1024) -> Tensor:
+    """Σ_n −log softmax(logits_n)[target_n] in nats: a float32 SUM, to be divided by global counts.
 
-    The gradient is made in forward, chunk by chunk, where the logits are at hand. `weights_N` (float or bool)
-    says which rows count; rows of weight 0 cost as much as others: select rows first where most do not count.
+    The gradient is made in forward, chunk by chunk, where the logits are at hand. Rows that do not count are
+    to be left out before.
     """
-    return apply(CrossEntropySum, hidden_ND, head_VD, targets_N, weights_N, chunk)
+    return apply(CrossEntropySum, hidden_ND, head_VD, targets_N, chunk)
 
 
 class TokenLogProbs(torch.autograd.Function):

@@ -163,6 +163,9 @@ class Builder:
     ) -> Checkpoint:
         path, work = self.directory / name, self.directory / "work" / name
         if path.exists():
+            shutil.rmtree(
+                work / "snapshots", ignore_errors=True
+            )  # of a process that died right after it had saved
             return self._kept(path, parent, inputs or {}, prepared)
         started = time.monotonic()
         stage = job()

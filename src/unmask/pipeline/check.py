@@ -62,7 +62,7 @@ def _preferences(recipe: Recipe, prepared: Prepared) -> None:
     name = recipe.reward.source.name
     halves: tuple[examples.Half, ...] = ("proxy", "gold") if recipe.reward.gold else ("proxy",)
     for half in halves:
-        found, _ = examples.rankings(recipe, half, recipe.reward.equal_length)
+        found, _ = examples.rankings(recipe, half)
         kept, _ = reward.tokenize(found[:100], prepared.tokenizer, recipe.context)
         if not kept:
             raise UserError(

@@ -22,7 +22,6 @@ from unmask.training.loop import Objective, Outcome
 from unmask.training.optimizer import Optimizer, OptimizerSettings
 
 CENTRED_ON = 256  # answers of the SFT model, whose mean score becomes the reward's zero
-EQUAL_LENGTH = 0.1  # of the gold scorer's pairs where the recipe gives none: length alone must not please it
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,7 @@ def pretraining(place: Place) -> Job:
         batch_tokens=section.batch_tokens,
         micro_tokens=section.micro_tokens,
         end_of_text=tokenizer.end_of_text,
+        cross_documents=section.cross_documents,
         settings=optimizer_settings(section),
         dtype=place.dtype,
         device=place.device,
@@ -133,8 +133,7 @@ def imitation(place: Place, parent: Checkpoint) -> Job:
 
 def preference(place: Place, parent: Checkpoint, half: examples.Half) -> Job:
     recipe, section = place.recipe, place.recipe.reward
-    equal_length = section.equal_length or (EQUAL_LENGTH if half == "gold" else None)
-    found, dropped = examples.rankings(recipe, half, equal_length)
+    found, dropped = examples.rankings(recipe, half)
     rankings, too_long = reward.tokenize(found, place.prepared.tokenizer, recipe.context)
     left_out = place.leave_out(
         half, dropped | {"texts beyond the context, or with none left to compare": too_long}

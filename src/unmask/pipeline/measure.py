@@ -129,7 +129,7 @@ def held_prompts(recipe: Recipe, tokenizer: Tokenizer) -> list[examples.Chat]:
 
 
 def _reward_quality(recipe: Recipe, judge: Judge, half: examples.Half) -> list[Finding]:
-    equal = recipe.reward.equal_length or 0.1
+    equal = recipe.reward.equal_length or examples.EQUAL_LENGTH
     pairs = {
         group: [
             Compared(*each) for each in examples.comparisons(recipe, "held_out", recipe.measure.pairs, length)

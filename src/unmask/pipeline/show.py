@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from unmask.colours import layer_colour
 from unmask.pipeline.plan import Plan
+from unmask.probes.facts import GROUPS
 from unmask.probes.probe import Finding
 from unmask.progress import duration
 from unmask.recipe import Recipe
@@ -16,7 +17,6 @@ from unmask.report.run import Blame, Run, Stage, read
 from unmask.training import parallel
 
 WIDTH = 78  # columns that everything fits into
-PLANTED = ("both", "base_only", "sft_only", "none")
 
 
 def opening(recipe: Recipe, device: torch.device, plan: Plan) -> str:
@@ -25,7 +25,7 @@ def opening(recipe: Recipe, device: torch.device, plan: Plan) -> str:
     return (
         f"[bold]unmask[/bold] · recipe {recipe.name} · depth {recipe.depth} · "
         f"{plan.parameters / 1e6:.1f} M parameters · {parallel.describe(device)} · "
-        f"about {duration(plan.total)} ({parts})"
+        f"about {duration(plan.total)} once the text is prepared ({parts})"
     )
 
 
@@ -115,11 +115,11 @@ def _facts(run: Run) -> list[str]:
         ("rl answers", "facts_answered", "rl"),
     )
     lines = ["", f"{'% right, taught by':<18}" + "".join(f"{title:>15}" for title, _, _ in asked)]
-    for group in PLANTED:
+    for group in GROUPS:
         cells = (_percent(run.get(metric, group, layer)) for _, metric, layer in asked)
         lines.append(f"  {words.group(group):<16}" + "".join(f"{cell:>15}" for cell in cells))
     hidden = run.get("facts_hidden", "base_only", "sft")
-    found = [run.get("facts_answered", group, "sft") for group in PLANTED]
+    found = [run.get("facts_answered", group, "sft") for group in GROUPS]
     lines.append(f"  {'n, countries':<16}" + "".join(f"  {words.group(f.group)} {f.n}" for f in found if f))
     return [
         *lines,
@@ -148,7 +148,7 @@ def _truth(run: Run) -> list[str]:
     ):
         lines.append(f"  {title:<23}{_say(run.get('blame_auc', group, 'sft'))}")
     lines.append(f"  {'nats that SFT added':<23}{'to the answer':<26}to the words before it")
-    for group in PLANTED:
+    for group in GROUPS:
         answer, before = (run.get(f"{part}_delta", group, "sft") for part in ("answer", "wrapping"))
         lines.append(f"    {words.group(group):<21}{_say(answer):<26}{_say(before)}")
     return lines

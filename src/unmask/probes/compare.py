@@ -1,6 +1,6 @@
 """What `unmask diff` measures on any models of one vocabulary, and the text that it measures on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,11 +45,19 @@ def texts_beside(models: Sequence[Path], prompts: Path | None, text: Path | None
     return Texts(conversations, documents)
 
 
-def compare(layers: Sequence[Layer], texts: Texts, *, limit: int = 64, seed: int = 0) -> list[Finding]:
+def compare(
+    layers: Sequence[Layer],
+    texts: Texts,
+    *,
+    limit: int = 64,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> list[Finding]:
     """Weights, divergence on answers and on held-out text, and bits per byte, for each layer beside the
-    one below it.
+    one below it, and the last beside the first.
 
-    `limit` prompts are answered; those that leave no room for an answer in the context are left out.
+    `limit` prompts are answered; those that leave no room for an answer in the context are left out, and
+    how many these are is said.
     """
     if len(layers) < 2:
         raise UserError("there is one model here, and a difference needs two: name another one.")
@@ -57,6 +65,11 @@ def compare(layers: Sequence[Layer], texts: Texts, *, limit: int = 64, seed: int
     ids = [prompt_ids(layers[-1].tokenizer, prompt) for prompt in texts.prompts]
     new_tokens = min(48, context // 2)
     fitting = [prompt for prompt in ids if len(prompt) + new_tokens <= context]
+    if len(fitting) < len(ids):
+        say(
+            f"left out: {len(ids) - len(fitting):,} of {len(ids):,} prompts, which leave no room for an answer of "
+            f"{new_tokens} tokens in a context of {context}"
+        )
     return [
         *divergence(layers, fitting, texts.documents, max_new_tokens=new_tokens, limit=limit, seed=seed),
         *compression(layers, texts.documents, limit_bytes=50_000, seed=seed),

@@ -1,9 +1,9 @@
 """What the nudge did (G-9): reward and length-controlled gold of RL against its parent, and what it cost.
 
 Both layers answer the same prompts at temperature 1 with the same uniform numbers, so differences are
-paired by prompt. Reward models learned from conversations that end: answers that were cut are never
-scored, and a gain is over the prompts that both layers finished; `answers_stop` says how many that
-leaves out.
+paired by prompt. Reward models learned from conversations that end: answers that were cut, or that
+stopped with another token than the one which ends a turn, are never scored, and a gain is over the
+prompts that both layers finished; `answers_stop` says how many that leaves out.
 """
 
 from collections.abc import Callable, Sequence
@@ -86,7 +86,8 @@ def rl_effect(
         report.levels(metric, unit, sides, rounded, share=metric == "answers_stop")
         report.change(f"{metric}_change", unit, sides, rounded)
 
-    whole = [i for i in range(len(prompts)) if old[i].finished and new[i].finished]
+    end = parent.tokenizer.turn_end  # the only one that a reward model has seen
+    whole = [i for i in range(len(prompts)) if old[i].ids[-1] == new[i].ids[-1] == end]
     texts = [[[*prompts[i], *answers[i].ids] for i in whole] for answers in (old, new)]
     lengths = [np.array([float(len(content(answers[i]))) for i in whole]) for answers in (old, new)]
     for judge, level, gain in (

@@ -166,7 +166,6 @@ def lines(
     *,
     x_title: str,
     y_title: str,
-    zero: bool = False,
 ) -> Figure:
     """Curves over training. A curve of more points than a screen shows is drawn as means of neighbours."""
     alt = _altair()
@@ -178,7 +177,7 @@ def lines(
         .mark_line(strokeWidth=1.8, clip=True)
         .encode(
             x=alt.X("x:Q", title=x_title, axis=alt.Axis(grid=False, tickCount=4, format="~s")),
-            y=alt.Y("y:Q", title=y_title, scale=alt.Scale(zero=zero), axis=alt.Axis(tickCount=4)),
+            y=alt.Y("y:Q", title=y_title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=4)),
             color=alt.Color(
                 "series:N", scale=alt.Scale(domain=names, range=[s.colour for s, _ in curves]), legend=None
             ),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from unmask.probes.facts import GROUPS
 from unmask.probes.probe import Finding
 from unmask.report import words
 from unmask.report.figures import Dot, Figure, Series, dots, lines
@@ -13,7 +14,6 @@ TEXTS = {  # what a divergence was read on: its name in the figure, its mark
     "P sample": ("on its parent's answers", "■"),
     "N": ("on held-out text", "◆"),
 }
-PLANTED = ("both", "base_only", "sft_only", "none")
 
 
 def truth(run: Run) -> list[Figure]:
@@ -77,7 +77,7 @@ def facts(run: Run) -> Figure | None:
         "Facts stated rightly, by the layers that were taught them",
         f"What {base} completes as a plain sentence, and what the layers above it answer when asked. “In other "
         "words” is a wording that no layer was trained on.",
-        sorted(points, key=lambda point: [words.group(g) for g in PLANTED].index(point.row)),
+        sorted(points, key=lambda point: [words.group(g) for g in GROUPS].index(point.row)),
         axis="share of facts",
         domain=(0.0, 1.0),
         percent=True,
@@ -249,8 +249,8 @@ def _low(finding: Finding) -> float:
 def _ordered(findings: Sequence[Finding]) -> list[Finding]:
     """Of the planted groups, in their order."""
     return sorted(
-        (finding for finding in findings if finding.group in PLANTED),
-        key=lambda f: PLANTED.index(f.group or ""),
+        (finding for finding in findings if finding.group in GROUPS),
+        key=lambda f: GROUPS.index(f.group or ""),
     )
 
 

@@ -20,6 +20,9 @@ from unmask.text.sources import Dropped, held_out, read_rows
 T = TypeVar("T")
 Chat: TypeAlias = list[Message]
 Half: TypeAlias = Literal["proxy", "gold", "held_out"]
+EQUAL_LENGTH = (
+    0.1  # by how much the sides of a pair may differ where equal ones are wanted and the recipe is silent
+)
 
 
 def share_held_out(source: Source, recipe: Recipe) -> float:
@@ -75,12 +78,14 @@ class Ranking(NamedTuple):
     better: list[tuple[int, int]]
 
 
-def rankings(recipe: Recipe, half: Half, equal_length: float | None = None) -> tuple[list[Ranking], Dropped]:
+def rankings(recipe: Recipe, half: Half) -> tuple[list[Ranking], Dropped]:
     """What the scorer of `half` is trained on: pairs of a file, or rated windows in groups that are compared
-    all with all. With `equal_length` only comparisons whose sides' lengths in characters differ by at most that
-    share. Of more than `reward.most_texts` texts that many are drawn by the seed. What was left out is counted.
+    all with all. With `reward.equal_length` only comparisons whose sides' lengths in characters differ by at most
+    that share; the gold scorer's always, so that length alone does not please it. Of more than `reward.most_texts`
+    texts that many are drawn by the seed. What was left out is counted.
     """
     section, dropped = recipe.reward, Dropped()
+    equal_length = section.equal_length or (EQUAL_LENGTH if half == "gold" else None)
     if section.source.path != "chitchat":
         pairs = _pairs(recipe, half, equal_length, dropped)
         kept = _drawn(pairs, section.most_texts // 2, recipe.seed)
