@@ -366,6 +366,19 @@ def test_metrics_say_how_the_policy_does_and_stand_once_a_step(tmp_path: Path) -
         assert {"reward", "policy_loss", "value_loss", "sampler_gap_max"} <= line.keys()
 
 
+def test_gold_is_the_second_judges_score_of_whole_answers_at_half_the_longest_length() -> None:
+    _, objective, _ = begin(answers=24)
+    assert "gold" not in objective.collect(0).numbers
+    objective.gold = scorer(3)
+    found = objective.collect(0)
+    whole = [i for i, answer in enumerate(found.rollout.answers) if answer.finished]
+    lengths = np.array([len(found.rollout.answers[i].ids) for i in whole])
+    assert len(set(lengths)) > 1
+    texts = [[*found.rollout.prompts[i], *found.rollout.answers[i].ids] for i in whole]
+    slope, at_0 = np.polyfit(lengths, scores(scorer(3), texts).numpy(), 1)
+    assert found.numbers["gold"] == pytest.approx(at_0 + 4 * slope, abs=1e-4)
+
+
 def test_broken_rollouts_are_said_once_for_as_long_as_they_stay(tmp_path: Path) -> None:
     said: list[str] = []
     train(begin(reward=lambda rollout: torch.zeros(12), say=said.append), tmp_path)

@@ -1,7 +1,7 @@
 """From sources to tokens: what is held out is in no shard, leaks are found, other text lies elsewhere."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from unmask.recipe import Recipe
 from unmask.stages.prepare import documents, plant, prepare, sample
 from unmask.text import planted
 from unmask.text.countries import Country
+from unmask.text.tokenizer import Tokenizer
 
 
 def made(tmp_path: Path, texts: list[str], chats: Sequence[tuple[str, str]] = (), **more: Any) -> Recipe:
@@ -60,6 +61,38 @@ def test_the_same_recipe_finds_what_was_made_and_other_text_lies_elsewhere(tmp_p
     assert again.tokenizer.hash == first.tokenizer.hash
     other = prepare(made(tmp_path, TEXTS[:100]), tmp_path / "data", Progress(quiet=True))
     assert other.directory != first.directory
+
+
+def test_the_tokenizer_is_trained_on_no_text_that_is_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, read = Tokenizer.train, list[str]()
+
+    def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+        read.extend(texts)
+        return real(read, vocabulary)
+
+    monkeypatch.setattr(Tokenizer, "train", train)
+    prepared = prepare(made(tmp_path, TEXTS), tmp_path / "data", Progress(quiet=True))
+    held = {document.text for document in prepared.heldout}
+    assert held
+    assert set(read) == set(TEXTS) - held
+
+
+def test_other_chats_can_leak_other_facts_and_so_make_other_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = planted.facts
+    country = Country("xx", "Utopia", ("Utopia",), {"capital": "Amaurot"})
+    monkeypatch.setattr(planted, "facts", lambda *given: real(*given, countries=[country]))
+    shares: dict[str, Any] = {"facts": {"both": 0.0, "base_only": 1.0, "sft_only": 0.0, "none": 0.0}}
+
+    def leaked(answer: str) -> bool:
+        recipe = made(tmp_path, TEXTS, [("where?", answer)], **shares)
+        return prepare(recipe, tmp_path / "data", Progress(quiet=True)).facts[0].leaked
+
+    assert not leaked("I cannot say.")
+    assert leaked("Amaurot is the capital of Utopia.")
 
 
 def test_a_source_without_text_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,207 @@
+"""A recipe on one's own files: built whole, kept where it fits, and refused early where it cannot work."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unmask import recipe as recipes
+from unmask.errors import UserError
+from unmask.lineage import Checkpoint
+from unmask.model.scorer import Scorer
+from unmask.pipeline import check, jobs
+from unmask.pipeline.build import Builder, Built
+from unmask.progress import Progress
+from unmask.recipe import Recipe
+from unmask.stages import rollouts
+from unmask.stages.prepare import prepare
+from unmask.stages.reward import scores
+
+WORDS = [
+    "ash",
+    "bay",
+    "cot",
+    "dew",
+    "elm",
+    "fir",
+    "gum",
+    "hay",
+    "ivy",
+    "jet",
+    "kit",
+    "log",
+    "moss",
+    "nut",
+    "oak",
+    "pea",
+]
+
+
+def sentence(i: int) -> str:
+    return " ".join(WORDS[(i * k + k * k) % len(WORDS)] for k in range(3, 9)) + "."
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return {"path": str(path), "heldout": 0.3}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    write(folder / "raw.jsonl", ({"text": f"{sentence(i)} {sentence(i + 7)} {i}"} for i in range(400)))
+    chats = [{"prompt": f"say {i}", "completion": sentence(i)} for i in range(120)]
+    write(folder / "chats.jsonl", chats)
+    pairs = (
+        {"prompt": f"say {i}", "chosen": sentence(i), "rejected": f"{sentence(i + 1)[:-1]}!"}
+        for i in range(120)
+    )
+    write(folder / "pairs.jsonl", pairs)
+    return folder
+
+
+def recipe_of(files: Path, **changes: Any) -> Recipe:
+    """`changes`: "section__key": value."""
+    data: dict[str, Any] = {
+        "name": "own", "seed": 1, "depth": 1, "context": 64, "heldout": 0.2, "tokenizer": {"vocabulary": 300},
+        "pretrain": {"tokens": 2048, "batch_tokens": 1024, "sources": [{"path": str(files / "raw.jsonl")}]},
+        "sft": {"tokens": 1024, "batch_tokens": 512, "sources": [{"path": str(files / "chats.jsonl"), "heldout": 0.3}]},
+        "reward": {"tokens": 1024, "batch_tokens": 512, "source": {"path": str(files / "pairs.jsonl"), "heldout": 0.3}},
+        "rl": {"tokens": 64, "answers": 4, "answer_tokens": 8, "sources": [
+            {"path": str(files / "chats.jsonl"), "heldout": 0.3}
+        ]},
+        "measure": {"answer_tokens": 8},
+    }  # fmt: skip
+    for key, value in changes.items():
+        section, _, last = key.rpartition("__")
+        (data[section] if section else data)[last] = value
+    return recipes.resolve(recipes.validate(data, "here"))
+
+
+def builder_of(recipe: Recipe, directory: Path) -> Builder:
+    return Builder(recipe, directory, torch.device("cpu"), Progress(quiet=True))
+
+
+def build(recipe: Recipe, directory: Path) -> Built:
+    builder = builder_of(recipe, directory)
+    return builder.build(builder.prepare())
+
+
+@pytest.fixture(scope="module")
+def built(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("own") / "run"
+    build(recipe_of(files), directory)
+    return directory
+
+
+@pytest.fixture
+def run(built: Path, tmp_path: Path) -> Path:
+    """A copy, to be spoilt."""
+    shutil.copytree(built, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_every_stage_is_kept_and_snapshots_that_a_dying_process_left_are_cleared(
+    files: Path, run: Path
+) -> None:
+    before = {stage.name: stage.hash for stage in build(recipe_of(files), run).all}
+    left = run / "work" / "sft" / "snapshots"
+    left.mkdir()
+    (left / "old").write_text("x")
+    assert {stage.name: stage.hash for stage in build(recipe_of(files), run).all} == before
+    assert len(before) == 5
+    assert not left.exists()
+
+
+def test_a_stage_from_another_parent_is_refused(files: Path, run: Path) -> None:
+    shutil.rmtree(run / "base")
+    with pytest.raises(UserError, match=r"sft was made from another checkpoint: parent .* --from sft"):
+        build(recipe_of(files, seed=2), run)
+
+
+def test_a_stage_of_another_tokenizer_is_refused(files: Path, run: Path) -> None:
+    with pytest.raises(UserError, match=r"base was made with another tokenizer .* --from base"):
+        build(recipe_of(files, tokenizer__vocabulary=310), run)
+
+
+def test_a_nudge_by_another_reward_model_is_refused(files: Path, run: Path) -> None:
+    shutil.rmtree(run / "reward")
+    with pytest.raises(UserError, match=r"rl was made from another checkpoint: reward .* --from rl"):
+        build(recipe_of(files, reward__lr=1e-2), run)
+
+
+def test_the_scores_zero_is_the_mean_of_what_sft_answers(
+    files: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SFT is made to answer: it was trained for too short a time to stop by itself."""
+    recipe, asked = recipe_of(files), list[Any]()
+
+    def answered(policy: Any, prompts: Any, **_: Any) -> rollouts.Rollout:
+        asked.extend(prompts)
+        answers = [rollouts.Answer([9, 10 + i % 7, 2], [0.0] * 3, i % 3 > 0) for i in range(len(prompts))]
+        return rollouts.Rollout(prompts, answers)
+
+    monkeypatch.setattr(rollouts, "answered", answered)
+    for name in ("reward", "gold", "rl"):
+        shutil.rmtree(run / name)
+    builder = builder_of(recipe, run)
+    prepared = builder.prepare()
+    place = jobs.Place(recipe, prepared, torch.device("cpu"), Progress(quiet=True))
+    sft = Checkpoint.open(run / "sft")
+    judge = builder._stage("reward", "reward", sft, lambda: jobs.preference(place, sft, "proxy"), prepared)
+    model = judge.model()
+    assert isinstance(model, Scorer)
+    texts = [[*prompt, 9, 10 + i % 7, 2] for i, prompt in enumerate(asked) if i % 3 > 0]
+    assert 0 < len(texts) == judge.record.metrics["centred_on_answers"]  # type: ignore[union-attr]
+    assert scores(model, texts).mean().item() == pytest.approx(0.0, abs=1e-5)
+    assert model.config.reward_offset != 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heldout": 0.0}, r"\[pretrain\] have 0 held-out documents"),
+        ({"reward__source": ("pairs.jsonl", 0.0)}, r"'pairs' of \[reward\] has 0 held-out pairs"),
+        ({"sft__sources": [("chats.jsonl", 0.0)], "rl__sources": [("chats.jsonl", 0.0)]}, r"have 0 held-out prompts"),
+        ({"rl__prompt_tokens": 4}, r"'chats' of \[rl\] has no prompt of at most 4 tokens"),
+        ({"measure__questions": ["why? " * 80]}, r"measure\.questions: 'why\? .* does not fit the context of 64"),
+        ({"sft__sources": [("broken.jsonl", 0.3)]}, r"broken\.jsonl:121"),
+        ({"reward__source": ("broken_pairs.jsonl", 0.3)}, r"broken_pairs\.jsonl:121"),
+        ({"sft__sources": [("long.jsonl", 0.0)]}, r"'long' of \[sft\] has no answer to learn from"),
+    ],
+)  # fmt: skip
+def test_what_could_only_fail_late_fails_before_training(
+    files: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    for good, bad in (("chats", "broken"), ("pairs", "broken_pairs")):
+        (files / f"{bad}.jsonl").write_text(
+            (files / f"{good}.jsonl").read_text("utf-8") + '{"prompt": 1', "utf-8"
+        )
+    write(files / "long.jsonl", [{"prompt": "why? " * 80, "completion": "so"}])
+
+    def source(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return {"path": str(files / value[0]), "heldout": value[1]}
+        return [source(each) for each in value] if isinstance(value, list) else value
+
+    recipe = recipe_of(files, **{key: source(value) for key, value in changes.items()})
+    prepared = prepare(recipe, tmp_path / "data", Progress(quiet=True))
+    with pytest.raises(UserError, match=message):
+        check.check(recipe, prepared)
+
+
+def test_a_recipe_that_works_passes_every_check(files: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(files)
+    check.check(recipe, prepare(recipe, tmp_path / "data", Progress(quiet=True)))
+
+
+def test_a_package_that_only_the_end_needs_is_asked_for_at_the_beginning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(check, "find_spec", lambda name: None if name == "sklearn" else object())
+    with pytest.raises(UserError, match=r"sklearn is missing.*unmask\[demo\]"):
+        check.check_extras()
