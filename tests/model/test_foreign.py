@@ -7,6 +7,7 @@ import torch
 from tiny_models import CONFIGS, decoder, token_ids
 
 from unmask.errors import UserError
+from unmask.generation.engine import generate
 from unmask.model import foreign, weights
 
 transformers = pytest.importorskip("transformers")
@@ -44,6 +45,20 @@ def test_logits_from_hidden_states_and_head_are_those_of_transformers(config: ob
     assert model.head.shape == (96, 32)
     assert model.config.vocab_size == 96
     assert model.config.max_position_embeddings >= 64
+
+
+def test_it_writes_what_transformers_writes_from_prompts_of_unequal_length(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(
+        vocab_size=96, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=95
+    )
+    model = foreign.open(saved(config, tmp_path))
+    prompts = [token_ids(1, n)[0].tolist() for n in (3, 9, 1, 6)]
+    said = generate(model, prompts, max_new_tokens=[8, 5, 7, 6], stop_ids=[95], temperature=0.0, rows=2)
+    for prompt, answer, limit in zip(prompts, said, [8, 5, 7, 6], strict=True):
+        theirs = model.inner.generate(
+            torch.tensor([prompt]), max_new_tokens=limit, do_sample=False, pad_token_id=0
+        )
+        assert answer.ids == theirs[0, len(prompt) :].tolist()
 
 
 def test_a_family_of_ours_gives_the_same_through_transformers(tmp_path: Path) -> None:

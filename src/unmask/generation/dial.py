@@ -7,11 +7,11 @@ from torch import Tensor
 from unmask import delta
 from unmask.errors import UserError
 from unmask.generation.engine import Answer, Settings, answer, to_requests
-from unmask.model.decoder import Decoder
+from unmask.model.foreign import LanguageModel
 
 
 def generate_dial(
-    models: Sequence[Decoder],
+    models: Sequence[LanguageModel],
     weights: Sequence[float],
     prompts: Sequence[Sequence[int]],
     *,

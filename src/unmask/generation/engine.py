@@ -12,6 +12,7 @@ million.)
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,7 @@ from torch import Tensor
 
 from unmask.errors import UserError
 from unmask.generation.sampling import check_settings, sample, uniforms
-from unmask.model.cache import Cache
-from unmask.model.decoder import Decoder
+from unmask.model.foreign import LanguageModel
 
 PREFILL_TOKENS = 16_384  # prompts are read in groups of at most this many tokens, padding included
 FREE_SHARE = (
@@ -67,7 +67,7 @@ Blend = Callable[[Sequence[Tensor]], Tensor]
 
 
 def generate(
-    model: Decoder,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int | Sequence[int],
@@ -93,7 +93,7 @@ def generate(
 
 
 def stream(
-    model: Decoder,
+    model: LanguageModel,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
@@ -114,7 +114,7 @@ def itself(logits: Sequence[Tensor]) -> Tensor:
 
 
 def to_requests(
-    models: Sequence[Decoder],
+    models: Sequence[LanguageModel],
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int | Sequence[int],
     streams: Sequence[int] | None,
@@ -152,7 +152,7 @@ def to_requests(
 
 @torch.no_grad()
 def answer(
-    models: Sequence[Decoder], blend: Blend, requests: Sequence[Request], settings: Settings, rows: int
+    models: Sequence[LanguageModel], blend: Blend, requests: Sequence[Request], settings: Settings, rows: int
 ) -> list[Answer]:
     """Answers in the order of the requests, by models that read the same tokens in step."""
     if rows < 1:
@@ -176,7 +176,7 @@ def answer(
 
 
 @torch.no_grad()
-def _stream(model: Decoder, request: Request, settings: Settings) -> Iterator[int]:
+def _stream(model: LanguageModel, request: Request, settings: Settings) -> Iterator[int]:
     batch = Batch([model], itself, settings, [request], 1)
     batch.admit([0])
     yield batch.last
@@ -195,7 +195,7 @@ class Batch:
 
     def __init__(
         self,
-        models: Sequence[Decoder],
+        models: Sequence[LanguageModel],
         blend: Blend,
         settings: Settings,
         requests: Sequence[Request],
@@ -206,7 +206,7 @@ class Batch:
         rows = min(rows, len(requests))
         length = max((len(request.prompt) + request.limit for request in requests), default=1)
         width = max((request.limit for request in requests), default=1)
-        self.caches = [self._cache(model, rows, length) for model in models]
+        self.caches: list[Any] = [model.new_cache(rows, length) for model in models]  # each fits its model
         self.stops = torch.tensor(sorted(settings.stop_ids), dtype=torch.int64, device=self.device)
         self.request = [-1] * rows
         self.finished: list[int] = []  # rows whose answer has ended and was not collected yet
@@ -219,9 +219,6 @@ class Batch:
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         self.uniforms_BA = table(rows, width, dtype=wide)
         self.ids_BA, self.log_probs_BA = table(rows, width), table(rows, width, dtype=torch.float32)
-
-    def _cache(self, model: Decoder, rows: int, length: int) -> Cache:
-        return Cache(model.config, rows, length, model.head.dtype, self.device)
 
     @property
     def rows(self) -> int:
@@ -257,7 +254,7 @@ class Batch:
         )
         logits = []
         for model, cache in zip(self.models, self.caches, strict=True):
-            own = self._cache(model, *padded.shape)
+            own: Any = model.new_cache(*padded.shape)
             hidden_BTD = model.hidden(ids_BT, cache=own)
             own.advance(lengths_B)
             cache.put(at, own)

@@ -14,7 +14,7 @@ from unmask.lineage.checkpoint import Checkpoint
 from unmask.lineage.contents import short
 from unmask.lineage.record import Reference
 from unmask.model import weights
-from unmask.model.decoder import Decoder
+from unmask.model.foreign import LanguageModel
 from unmask.model.scorer import Scorer
 from unmask.text.tokenizer import Tokenizer
 
@@ -24,7 +24,7 @@ class Layer:
     """A language model of a lineage, loaded: what blame, diff, the dial and chat take."""
 
     name: str
-    model: Decoder
+    model: LanguageModel
     tokenizer: Tokenizer
     hash: str = ""
 

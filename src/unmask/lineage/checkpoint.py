@@ -19,9 +19,9 @@ from unmask.lineage import contents
 from unmask.lineage import record as records
 from unmask.lineage.contents import short
 from unmask.lineage.record import Record, Reference
-from unmask.model import weights
-from unmask.model.config import CAUSAL
-from unmask.model.decoder import Decoder
+from unmask.model import foreign, weights
+from unmask.model.config import FAMILIES, SCORING
+from unmask.model.foreign import LanguageModel
 from unmask.model.scorer import Scorer
 from unmask.text.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ class Checkpoint:
 
     @property
     def is_language_model(self) -> bool:
-        return any(str(name).endswith(CAUSAL) for name in self.config.get("architectures") or ())
+        return not any(str(name).endswith(SCORING) for name in self.config.get("architectures") or ())
 
     @cached_property
     def hash(self) -> str:
@@ -68,8 +68,12 @@ class Checkpoint:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.path)
 
-    def model(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Decoder | Scorer:
-        """The weights as they lie on disk. Nothing is verified here: `problems` and `Lineage.load` do."""
+    def model(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LanguageModel | Scorer:
+        """The weights as they lie on disk, by transformers (extra `hf`) for a family that is not ours. Nothing is
+        verified here: `problems` and `Lineage.load` do."""
+        kind = self.config.get("model_type")
+        if isinstance(kind, str) and kind not in FAMILIES:
+            return foreign.open(self.path, dtype=dtype, device=device)
         return weights.load(self.path, dtype=dtype, device=device)
 
     def problems(self) -> list[str]:

@@ -228,6 +228,10 @@ class Decoder(nn.Module):
         x: Tensor = self.model(ids_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=cache)
         return x
 
+    def new_cache(self, rows: int, length: int) -> Cache:
+        """For `rows` sequences of up to `length` tokens, in this model's dtype and place."""
+        return Cache(self.config, rows, length, self.head.dtype, self.head.device)
+
     def logits(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.head)
 

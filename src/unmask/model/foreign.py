@@ -1,16 +1,37 @@
 """Causal language models of families that our decoder does not cover, run by transformers (extra `hf`).
 
-They are read, not trained: the same hidden states, head and logits as a Decoder, without a cache.
+They are read, not trained: the same hidden states, head and logits as a Decoder. Families keep what they have read
+in many ways, so a step of generation reads its whole text again: right for all of them, and slow for long answers.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from unmask.errors import UserError
+from unmask.model.decoder import Decoder
 from unmask.model.precision import linear
+
+
+class Read:
+    """The ids that were read, in a Cache's place: `rows` sequences of up to `length`, at that class's terms."""
+
+    def __init__(self, rows: int, length: int, device: torch.device) -> None:
+        self.ids_BT = torch.zeros(rows, length, dtype=torch.int64, device=device)
+        self.lengths_B = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def advance(self, n_B: Tensor | int) -> None:
+        self.lengths_B = self.lengths_B + n_B
+
+    def select(self, rows: Tensor) -> None:
+        self.ids_BT, self.lengths_B = self.ids_BT[rows], self.lengths_B[rows]
+
+    def put(self, rows: Tensor, source: "Read") -> None:
+        n = min(self.ids_BT.shape[1], source.ids_BT.shape[1])
+        self.ids_BT[rows, :n] = source.ids_BT[:, :n]
+        self.lengths_B[rows] = source.lengths_B
 
 
 class Foreign(nn.Module):
@@ -39,13 +60,23 @@ class Foreign(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
-        cache: None = None,
+        cache: Read | None = None,
     ) -> Tensor:
-        """Hidden states (B, T, D) after the final norm, of whole rows only: no packed documents, no cache."""
-        assert documents_BT is cache is None
-        places = {} if positions_BT is None else {"position_ids": positions_BT}
-        states: Tensor = self.inner.base_model(input_ids=ids_BT, use_cache=False, **places).last_hidden_state
-        return states
+        """Hidden states (B, T, D) after the final norm. No packed documents; with a cache, positions follow it."""
+        assert documents_BT is None
+        if cache is None:
+            places = {} if positions_BT is None else {"position_ids": positions_BT}
+            states: Tensor = self.inner.base_model(
+                input_ids=ids_BT, use_cache=False, **places
+            ).last_hidden_state
+            return states
+        at_BT = cache.lengths_B[:, None] + torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        cache.ids_BT.scatter_(1, at_BT, ids_BT)
+        whole_BTD = self.hidden(cache.ids_BT[:, : int(at_BT.max()) + 1])
+        return whole_BTD.gather(1, at_BT[..., None].expand(-1, -1, whole_BTD.shape[-1]))
+
+    def new_cache(self, rows: int, length: int) -> Read:
+        return Read(rows, length, self.head.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = linear(hidden, self.head, self.inner.get_output_embeddings().bias) * self.scale
@@ -55,6 +86,9 @@ class Foreign(nn.Module):
         """Logits (B, T, V), as transformers itself gives them."""
         logits: Tensor = self.inner(input_ids=ids_BT, use_cache=False).logits
         return logits
+
+
+LanguageModel: TypeAlias = Decoder | Foreign
 
 
 def open(

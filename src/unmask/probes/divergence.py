@@ -15,7 +15,7 @@ import numpy as np
 
 from unmask.generation.engine import Answer
 from unmask.lineage import Layer
-from unmask.model.decoder import Decoder
+from unmask.model.foreign import LanguageModel
 from unmask.probes.compression import Document
 from unmask.probes.forward import Text, bf16_copy, dtype_of, same_tokenizer, say, teacher_forced
 from unmask.probes.probe import Finding, Floats, Meter, estimate, of, pairs, verdict
@@ -189,7 +189,7 @@ class _Probe:
         )
 
     def _rows(
-        self, models: Sequence[Decoder], places: Sequence[tuple[int, int]], texts: Sequence[Text]
+        self, models: Sequence[LanguageModel], places: Sequence[tuple[int, int]], texts: Sequence[Text]
     ) -> list[list[Floats]]:
         """For each place the rows (A, COLUMNS) of every text."""
         wide = [each.numpy() for each in teacher_forced(models, texts, read_pairs(places), meter=self.meter)]

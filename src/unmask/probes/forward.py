@@ -19,7 +19,7 @@ from unmask import delta
 from unmask.errors import UserError
 from unmask.generation.engine import Answer, generate
 from unmask.lineage import Layer
-from unmask.model.decoder import Decoder
+from unmask.model.foreign import LanguageModel
 from unmask.model.scorer import Scorer
 from unmask.probes.probe import Floats, Meter
 from unmask.stages.batches import by_length, pad_right
@@ -60,7 +60,7 @@ def log_probs(logits: Sequence[Tensor], targets_N: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def teacher_forced(
-    models: Sequence[Decoder],
+    models: Sequence[LanguageModel],
     texts: Sequence[Text],
     read: Read = log_probs,
     *,
@@ -109,7 +109,7 @@ def teacher_forced(
     return found
 
 
-def bf16_copy(model: Decoder) -> Decoder:
+def bf16_copy(model: LanguageModel) -> LanguageModel:
     """The same weights in bfloat16, products and activations too: what floor N1 is measured with."""
     return copy.deepcopy(model).to(torch.bfloat16)
 
