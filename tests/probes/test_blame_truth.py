@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from unmask.probes.blame_truth import auc, blame_truth, fact_nats, fact_text, shuffled_auc
 from unmask.probes.facts import PlantedFact, scored
 from unmask.probes.forward import prompt_ids
-from unmask.probes.probe import Meter
+from unmask.probes.probe import Meter, verdict
 from unmask.text.tokenizer import Tokenizer
 
 
@@ -117,7 +117,7 @@ def test_facts_taught_by_sft_alone_are_blamed_on_it(found, lineage, facts):
         assert one.value >= 0.8
         assert one.ci95[0] <= one.value <= one.ci95[1]
         assert (one.n, one.n_unit, one.unit) == (12, "country", "1")
-        assert one.verdict.startswith("above the numeric floor")
+        assert one.verdict == verdict(one.ci95, zero=0.5, numeric=one.floor_numeric)
         assert one.null_specific > 0.6
     chance = pick(found, "blame_auc", "shuffled")
     assert chance.value == pytest.approx(0.5, abs=0.03)

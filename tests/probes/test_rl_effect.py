@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from planted_world import nudged
 
 from unmask.errors import UserError
 from unmask.generation.engine import Answer
@@ -22,6 +23,13 @@ def said(layer, prompts, limit, **settings):
 
 
 @pytest.fixture(scope="module")
+def pair(lineage):
+    """SFT and a child of it that says other things, and still ends its turns."""
+    sft = lineage[1]
+    return sft, Layer("rl", nudged(sft.model, 0.02, 3), sft.tokenizer, "h5")
+
+
+@pytest.fixture(scope="module")
 def prompts(tokenizer, facts):
     return [prompt_ids(tokenizer, fact.question) for fact in facts]
 
@@ -34,10 +42,10 @@ def gold(tokenizer, lineage):
 
 
 @pytest.fixture(scope="module")
-def found(lineage, prompts, judge, gold):
+def found(pair, prompts, judge, gold):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "say", said)
-        return rl_effect(lineage[0], lineage[1], prompts, judge, gold, max_new_tokens=16, floor_limit=6)
+        return rl_effect(*pair, prompts, judge, gold, max_new_tokens=16, floor_limit=6)
 
 
 def pick(findings, metric, child=None):
@@ -86,11 +94,13 @@ def test_a_layer_and_its_copy_gain_and_differ_by_exactly_nothing(lineage, prompt
         assert one.verdict.startswith("not distinguishable")
 
 
-def test_gains_are_paired_differences_of_scores_of_whole_answers(lineage, prompts, judge, found):
-    old, new = (said(layer, prompts, 16, temperature=1.0) for layer in lineage[:2])
+def test_gains_are_paired_differences_of_scores_of_answers_that_end_their_turn(
+    pair, prompts, judge, tokenizer, found
+):
+    old, new = (said(layer, prompts, 16, temperature=1.0) for layer in pair)
     gains = []
     for prompt, a, b in zip(prompts, old, new, strict=True):
-        if a.finished and b.finished:
+        if a.ids[-1] == b.ids[-1] == tokenizer.turn_end:
             with torch.no_grad():
                 before, after = (
                     float(
@@ -102,27 +112,42 @@ def test_gains_are_paired_differences_of_scores_of_whole_answers(lineage, prompt
                 )
             gains.append(after - before)
     one = pick(found, "proxy_gain")
-    assert one.n == len(gains) == len(prompts) - 9
+    assert 5 < one.n == len(gains) <= len(prompts) - 9
     assert one.value == pytest.approx(np.mean(gains), abs=1e-5)
-    assert (one.child, one.parent, one.unit) == ("sft", "base", "log-odds")
+    assert (one.child, one.parent, one.unit) == ("rl", "sft", "log-odds")
+
+
+def test_an_answer_that_ends_as_no_conversation_does_is_never_judged(pair, prompts, judge, tokenizer):
+    def ended(layer, prompts, limit, **settings):
+        by_another = tokenizer.end_of_text
+        return [
+            Answer([9, by_another if i % 2 else tokenizer.turn_end], [0.0] * 2, True)
+            for i in range(len(prompts))
+        ]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "say", ended)
+        found = rl_effect(*pair, prompts[:9], judge, None, max_new_tokens=4, floor_limit=2)
+    assert pick(found, "proxy_gain").n == 5
+    assert pick(found, "answers_stop", "rl").value == 1.0
 
 
 def test_levels_of_both_layers_and_their_change_agree(found, prompts):
     for metric, unit in (("answers_stop", "1"), ("answer_length", "tokens"), ("capitals", "1")):
-        before, after = pick(found, metric, "base"), pick(found, metric, "sft")
+        before, after = pick(found, metric, "sft"), pick(found, metric, "rl")
         assert before.unit == unit
         assert before.n == len(prompts)
         assert pick(found, f"{metric}_change").value == pytest.approx(after.value - before.value)
-    assert pick(found, "answers_stop", "sft").value == pytest.approx(1 - 9 / len(prompts))
+    assert pick(found, "answers_stop", "rl").value == pytest.approx(1 - 9 / len(prompts))
 
 
-def test_the_kl_is_exact_where_the_child_speaks(lineage, prompts, found):
+def test_the_kl_is_exact_where_the_child_speaks(pair, prompts, found):
     per_answer = []
-    for prompt, answer in zip(prompts, said(lineage[1], prompts, 16, temperature=1.0), strict=True):
+    for prompt, answer in zip(prompts, said(pair[1], prompts, 16, temperature=1.0), strict=True):
         ids = answer.ids[:-1] if answer.finished else answer.ids
         with torch.no_grad():
             log_p, log_q = (
-                lineage[k].model(torch.tensor([[*prompt, *ids]]))[0].double().log_softmax(-1) for k in (1, 0)
+                pair[k].model(torch.tensor([[*prompt, *ids]]))[0].double().log_softmax(-1) for k in (1, 0)
             )
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         per_answer.append(float(kl[len(prompt) - 1 : -1].mean()))
@@ -132,12 +157,12 @@ def test_the_kl_is_exact_where_the_child_speaks(lineage, prompts, found):
     assert one.unit == "nats/token"
 
 
-def test_everything_has_n_interval_and_floor_and_no_gold_no_gold_figures(found, lineage, prompts, judge):
+def test_everything_has_n_interval_and_floor_and_no_gold_no_gold_figures(found, pair, prompts, judge):
     for one in found:
         assert one.ci95 is not None
         assert one.floor_numeric is not None
         assert one.n_unit == "prompt"
-    without = rl_effect(lineage[0], lineage[1], prompts[:6], judge, None, max_new_tokens=16, floor_limit=2)
+    without = rl_effect(*pair, prompts[:6], judge, None, max_new_tokens=16, floor_limit=2)
     assert not any(f.metric.startswith("gold") for f in without)
     with pytest.raises(UserError, match="no prompt"):
-        rl_effect(lineage[0], lineage[1], [], judge, None)
+        rl_effect(*pair, [], judge, None)
