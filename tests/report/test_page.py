@@ -201,6 +201,16 @@ def test_a_run_without_facts_ratings_or_metrics_has_a_page_without_them(run_dire
     assert inlined(source) == []
 
 
+def test_a_base_that_adds_nothing_to_plain_text_is_shown_in_the_chat(run_directory: Path) -> None:
+    told = json.loads((run_directory / "blame.json").read_text("utf-8"))
+    told[0] |= {"plain": " \n"}
+    told[0]["alone"]["base"] = "Hello, who is there?"
+    (run_directory / "blame.json").write_text(json.dumps(told), "utf-8")
+    source = render(runs.read(run_directory))
+    assert "in a chat, such as it never saw, it says:" in source
+    assert "“<bdi>Hello, who is there?</bdi>”" in source
+
+
 def test_an_abstaining_finding_is_shown_as_one(run_directory: Path) -> None:
     row = claims()[0].to_json() | {
         "metric": "gold_gain", "value": None, "ci95": None, "n": 1, "verdict": "abstain: 1 prompt", "probe": "G-9",
