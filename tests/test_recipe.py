@@ -92,6 +92,15 @@ def test_what_can_only_fail_after_hours_is_refused_before_the_first_step(overrid
         recipe.load("tiny", [override])
 
 
+def test_what_is_held_out_of_one_layer_is_held_out_of_all() -> None:
+    data = recipe.load("tiny").model_dump(mode="json")
+    data["reward"]["source"]["heldout"] = 0.5
+    with pytest.raises(
+        UserError, match=r"'chitchat' is held out by 0\.2 in \[pretrain\] and by 0\.5 in \[reward\]"
+    ):
+        recipe.validate(data, "here")
+
+
 @pytest.mark.parametrize("path", ["/data/.notes.jsonl", "../x/..jsonl", "hf://a/b:c#d", "a b/ü.txt"])
 def test_a_name_that_was_not_given_stays_inside_the_run(path: str) -> None:
     assert re.fullmatch(r"[A-Za-z0-9_-]+", Source(path=path).name)

@@ -182,6 +182,21 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def what_is_held_out_is_held_out_of_every_layer(self) -> "Recipe":
+        shares: dict[str, tuple[float, str]] = {}
+        for section in ("pretrain", "sft", "reward", "rl"):
+            part = getattr(self, section)
+            for source in (part.source,) if section == "reward" else part.sources:
+                share = self.heldout if source.heldout is None else source.heldout
+                known, where = shares.setdefault(source.path, (share, section))
+                if share != known and source.path != "facts":
+                    raise ValueError(
+                        f"{source.path!r} is held out by {known} in [{where}] and by {share} in [{section}]: give "
+                        "it one heldout everywhere, or a layer is trained on what another is measured on"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def answers_leave_room_for_their_prompts(self) -> "Recipe":
         for key, tokens in (("rl", self.rl.answer_tokens), ("measure", self.measure.answer_tokens)):
             if tokens >= self.context:

@@ -44,21 +44,23 @@ def test_a_scorers_embedding_multiplies_nothing_and_ppo_trains_two_networks() ->
 
 
 def test_setting_aside_moves_a_stage_with_all_later_ones_and_what_speaks_of_them(tmp_path: Path) -> None:
-    builder = Builder(
-        recipes.resolve(recipes.load("tiny")), tmp_path, torch.device("cpu"), Progress(quiet=True)
-    )
+    recipe = recipes.resolve(recipes.load("tiny"))
+
+    def set_aside(first: str) -> None:
+        Builder(recipe, tmp_path, torch.device("cpu"), Progress(quiet=True), first).set_aside()
+
     for name in ("base", "sft", "reward", "gold", "rl"):
         (tmp_path / name).mkdir()
         (tmp_path / "work" / name).mkdir(parents=True)
     for name in ("summary.json", "report.html", "recipe.toml"):
         (tmp_path / name).write_text("x", "utf-8")
-    builder.set_aside("reward")
+    set_aside("reward")
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["base", "recipe.toml", "set-aside", "sft", "work"]
     aside = sorted(path.name for path in (tmp_path / "set-aside" / "1").iterdir())
     assert aside == ["gold", "report.html", "reward", "rl", "summary.json", "work"]
     (tmp_path / "sft" / "kept").write_text("x", "utf-8")
-    builder.set_aside("sft")  # a second time, beside the first
+    set_aside("sft")  # a second time, beside the first
     assert (tmp_path / "set-aside" / "2" / "sft" / "kept").exists()
 
 

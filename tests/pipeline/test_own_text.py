@@ -11,9 +11,10 @@ import torch
 
 from unmask import recipe as recipes
 from unmask.errors import UserError
-from unmask.lineage import Checkpoint
+from unmask.lineage import Checkpoint, Lineage
 from unmask.model.scorer import Scorer
-from unmask.pipeline import check, jobs
+from unmask.pipeline import build as build_module
+from unmask.pipeline import check, jobs, runner
 from unmask.pipeline.build import Builder, Built
 from unmask.progress import Progress
 from unmask.recipe import Recipe
@@ -115,6 +116,57 @@ def test_every_stage_is_kept_and_snapshots_that_a_dying_process_left_are_cleared
     assert {stage.name: stage.hash for stage in build(recipe_of(files), run).all} == before
     assert len(before) == 5
     assert not left.exists()
+
+
+def test_a_run_that_is_refused_stays_as_it_was(
+    files: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner.check, "check_extras", lambda: None)
+
+    def state() -> list[str]:
+        kept = (path for path in run.rglob("*") if "data" not in path.parts)
+        return sorted(f"{path} {path.read_text()}" for path in kept if path.suffix in (".json", ".toml"))
+
+    before = state()
+    missing = {"path": str(files / "nowhere.jsonl")}
+    for changes, first, message in (
+        ({"reward__source": missing}, "reward", "nowhere"),
+        ({"seed": 2}, "sft", r"base was made with another recipe: seed"),
+        ({"measure__questions": ["why? " * 80]}, "rl", r"measure\.questions"),
+    ):
+        with pytest.raises(UserError, match=message):
+            runner.run(
+                recipe_of(files, **changes), output=run, restart_from=first, progress=Progress(quiet=True)
+            )
+        assert state() == before
+        assert not (run / "set-aside").exists()
+
+
+def test_a_key_that_recipes_did_not_have_yet_stands_at_its_default(files: Path, run: Path) -> None:
+    found = {"pretrain": {"tokens": 1}}
+    assert build_module._with_defaults(found)["pretrain"]["cross_documents"] is True
+    assert "weight_decay" in build_module._with_defaults(found)["pretrain"]
+    builder_of(recipe_of(files), run).refuse_another_recipe()
+    sources = [{"path": str(files / "raw.jsonl")}]
+    changed = {"tokens": 2048, "batch_tokens": 1024, "sources": sources, "cross_documents": False}
+    with pytest.raises(UserError, match="cross_documents was True and is now False"):
+        builder_of(recipe_of(files, pretrain=changed), run).refuse_another_recipe()
+
+
+def test_a_run_verifies_its_second_judge_too(run: Path) -> None:
+    assert Lineage.open(run).verify() == []
+    weights = run / "gold" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    [problem] = Lineage.open(run).verify()
+    assert problem.startswith("gold: ")
+    assert Lineage.open(run / "rl").verify() == []  # none of its ancestors, and took no part in it
+
+
+def test_a_reward_model_is_not_talked_to(run: Path) -> None:
+    with pytest.raises(UserError, match=r"reward scores text and writes none: give .*sft"):
+        Lineage.open(run / "reward").load()
 
 
 def test_a_stage_from_another_parent_is_refused(files: Path, run: Path) -> None:

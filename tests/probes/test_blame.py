@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from unmask.errors import UserError
 from unmask.lineage import Layer
 from unmask.probes.blame import blame, spelled
 from unmask.probes.facts import scored
-from unmask.probes.forward import prompt_ids
+from unmask.probes.forward import bf16_copy, prompt_ids
 from unmask.text.tokenizer import Tokenizer
 
 
@@ -61,6 +62,19 @@ def test_the_stop_token_is_among_the_tokens_and_not_in_the_answer(lineage, fact)
     assert found.tokens[-1].text == "<|im_end|>"
     assert found.tokens[-1].layer == "sft"  # the base never saw a turn end
     assert "".join(token.text for token in found.tokens[:-1]) == found.answer
+
+
+def test_the_floor_is_what_bfloat16_moves_19_of_20_credits_less_than(lineage, fact):
+    found = blame(lineage, fact.question)
+    ids = [token.id for token in found.tokens]
+    moved = []
+    for bf16 in (False, True):
+        models = [bf16_copy(layer.model) if bf16 else layer.model for layer in lineage]
+        seen = torch.stack([forced(model, found.prompt_ids, ids) for model in models], 1)
+        moved.append(torch.cat([seen[:, :1], seen[:, 1:] - seen[:, :-1]], 1))
+    far = (moved[1] - moved[0]).abs().flatten().numpy()
+    assert found.floor == pytest.approx(np.percentile(far, 95), rel=0.05)
+    assert found.floor > 1.2 * far.mean()
 
 
 def test_json_has_the_keys_that_others_read_and_is_plain_json(lineage, fact):

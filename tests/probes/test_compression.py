@@ -57,7 +57,7 @@ def test_bits_are_those_of_one_long_reading_of_each_document(layers, tokenizer):
         log_p = layers[0].model(torch.tensor([ids]))[0].double().log_softmax(-1)
     nats = -sum(float(log_p[t - 1, ids[t]]) for t in range(1, len(ids)))
     assert found.value == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-6)
-    assert found.verdict == "abstain: 1 document"
+    assert found.verdict == "abstain: n = 1"
 
 
 @settings(max_examples=50, deadline=None)

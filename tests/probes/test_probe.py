@@ -83,7 +83,7 @@ def test_a_finding_without_unit_interval_or_n_cannot_be_made(wrong):
 
 def test_exact_numbers_need_no_interval_and_abstaining_ones_no_value():
     assert finding(exact=True, ci95=None, n=None, n_unit=None).ci95 is None
-    assert finding(value=None, ci95=None, verdict="abstain: 0 prompt").value is None
+    assert finding(value=None, ci95=None, verdict="abstain: n = 0").value is None
 
 
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=12), st.integers(0, 9))
@@ -127,7 +127,7 @@ def test_fewer_than_two_units_have_no_interval_and_abstain():
     assert bootstrap([1.0]) is None
     assert bootstrap([1.0, 2.0], ["one", "one"]) is None
     fields = estimate([1.0]).fields("prompt")
-    assert fields["verdict"] == "abstain: 1 prompt"
+    assert fields["verdict"] == "abstain: n = 1"
     assert Finding(probe="T1-2", metric="js", child="sft", unit="1", **fields).value == 1.0
     nothing = Finding(probe="T1-2", metric="js", child="sft", unit="1", **estimate([]).fields("prompt"))
     assert nothing.value is None

@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask.errors import UserError
 from unmask.probes import reward_quality as module
+from unmask.probes.forward import judged
+from unmask.probes.probe import percentiles
 from unmask.probes.reward_quality import (
     Compared,
     Redraw,
@@ -17,6 +20,8 @@ from unmask.probes.reward_quality import (
     wins,
     words_baseline,
 )
+from unmask.stages.reward import through_stop
+from unmask.text.chat import render
 
 
 def talk(*turns):
@@ -52,11 +57,6 @@ def pick(findings, metric, group="all"):
 
 
 def test_accuracy_and_margin_are_those_of_scoring_each_side_alone(judge, pairs, found):
-    import torch
-
-    from unmask.stages.reward import through_stop
-    from unmask.text.chat import render
-
     margins = []
     for each in pairs:
         scores = []
@@ -183,12 +183,25 @@ def test_pairs_beyond_the_context_are_dropped_and_counted(judge, pairs):
     )
 
 
+def test_the_interval_of_the_calibration_error_reaches_as_far_down_as_redrawing_reaches_up(
+    judge, pairs, found
+):
+    one = pick(found, "reward_calibration_error")
+    sides = [
+        through_stop(render(judge.tokenizer, side)) for each in pairs for side in (each.chosen, each.rejected)
+    ]
+    scores = judged(judge, sides)
+    high = percentiles(Redraw(pairs, 0).samples(scores[0::2] - scores[1::2], calibration_error))[1]
+    assert one.ci95 == pytest.approx((max(0.0, 2 * one.value - high), high), abs=1e-6)
+    assert one.ci95[1] > one.value
+
+
 def test_a_group_without_pairs_abstains(judge, pairs):
     found = reward_quality(judge, {"all": pairs[:5], "equal_length": pairs[:1]}, None, floor_limit=2)
     [nothing] = [f for f in found if f.group == "equal_length"]
     assert nothing.metric == "reward_accuracy"
     assert nothing.value is None
-    assert nothing.verdict.startswith("abstain: 1 ")
+    assert nothing.verdict.startswith("abstain: n = 1")
 
 
 def test_missing_scikit_learn_is_said_with_the_way_to_get_it(monkeypatch):

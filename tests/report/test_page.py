@@ -213,12 +213,12 @@ def test_a_base_that_adds_nothing_to_plain_text_is_shown_in_the_chat(run_directo
 
 def test_an_abstaining_finding_is_shown_as_one(run_directory: Path) -> None:
     row = claims()[0].to_json() | {
-        "metric": "gold_gain", "value": None, "ci95": None, "n": 1, "verdict": "abstain: 1 prompt", "probe": "G-9",
+        "metric": "gold_gain", "value": None, "ci95": None, "n": 1, "verdict": "abstain: n = 1", "probe": "G-9",
         "group": None, "child": "rl",
     }  # fmt: skip
     with (run_directory / "findings.jsonl").open("a") as file:
         file.write(json.dumps(row | {"text_source": "elsewhere"}) + "\n")
-    assert "abstain: 1 prompt" in words_of(render(runs.read(run_directory)))
+    assert "abstain: n = 1" in words_of(render(runs.read(run_directory)))
 
 
 def test_floors_are_named_and_in_the_unit_of_the_value() -> None:

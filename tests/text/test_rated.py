@@ -87,6 +87,12 @@ def test_what_is_held_out_of_the_pairs_is_held_out_of_raw_text(turns: list[str],
     assert (rated.split(conversation, share) == "held_out") == held_out(conversation.text, share)
 
 
+def test_where_a_conversation_belongs_is_the_same_in_every_version() -> None:
+    """Another split would train the next version's layers on what this one's were measured on."""
+    where = "".join(rated.split(talk(i), 0.2)[0] for i in range(12))
+    assert where == "pgphgggghghg"
+
+
 def test_copies_of_a_conversation_stay_together_whatever_their_id_and_rating() -> None:
     for i in range(50):
         copy = Conversation("another", talk(i).turns, 9.0)

@@ -188,6 +188,12 @@ def _print_blame(found: dict[str, Any]) -> None:
     out.print(line)
     out.print("  ".join(f"[{layer_colour(i).terminal}]{layer_colour(i).mark} {name}[/]" for name, i in places.items())
               + f"  · below the floor of {found['floor']:.2g} nats")  # fmt: skip
+    first = found["tokens"][0]
+    out.print(
+        f"A token's mark is its largest credit: for {escape(found['layers'][0])} its nats below + "
+        f"{first['credits'][0] - first['parts'][0]:.2f}, as it is counted from chance (ln V); "
+        "for the others their nats."
+    )
     table = Table("token", *found["layers"], "log p", box=None, pad_edge=False)
     for token in found["tokens"]:
         colour = layer_colour(places.get(token["layer"], -1))
@@ -201,12 +207,12 @@ def _print_blame(found: dict[str, Any]) -> None:
     table.add_row("sum", *(f"{value:+.2f}" for value in found["nats"]), f"{found['logprob']:.2f}")
     out.print(table)
     out.print("\nWhat each layer alone says")
+    said = Table.grid(padding=(0, 2))  # so that long answers wrap in their own column
     for name, place in places.items():
         colour = layer_colour(place)
-        out.print(f"  [{colour.terminal}]{colour.mark} {name:<6}[/] {_one_line(found['alone'][name])}")
-    out.print(
-        f"  {layer_colour(0).mark} {found['layers'][0]}, to the plain text: {_one_line(found['plain'])}"
-    )
+        said.add_row(f"[{colour.terminal}]{colour.mark} {escape(name)}[/]", _one_line(found["alone"][name]))
+    said.add_row(f"{layer_colour(0).mark} plain text", _one_line(found["plain"]))
+    out.print(said)
 
 
 def _one_line(answer: str) -> str:

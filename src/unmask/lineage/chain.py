@@ -31,10 +31,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Lineage:
-    """A checkpoint and its ancestors, oldest first. `broken` says why the chain ends early, if it does."""
+    """A checkpoint and its ancestors, oldest first. `broken` says why the chain ends early, if it does; `beside`
+    are the other checkpoints of the run that was opened, on which its figures rest."""
 
     checkpoints: tuple[Checkpoint, ...]
     broken: str | None = None
+    beside: tuple[Checkpoint, ...] = ()
 
     @staticmethod
     def open(path: str | Path) -> "Lineage":
@@ -42,16 +44,19 @@ class Lineage:
 
         Raises UserError if `path` is neither a checkpoint nor a run with one.
         """
-        chain = [Checkpoint.open(tip_of_run(Path(path)) or path)]
+        tip = tip_of_run(Path(path))
+        chain = [Checkpoint.open(tip or path)]
+        files = sorted(Path(path).glob(f"*/{records.FILE}")) if tip else []
+        beside = tuple(Checkpoint.open(file.parent) for file in files)
         while (record := chain[0].record) is not None and record.parent is not None:
             found = _follow(chain[0], "parent", record.parent)
             if isinstance(found, str):
-                return Lineage(tuple(chain), found)
+                return Lineage(tuple(chain), found, beside)
             if found.path.resolve() in [checkpoint.path.resolve() for checkpoint in chain]:
                 circle = f"{chain[0].name}: its parent {found.path} descends from it. {chain[0].remedy}"
-                return Lineage(tuple(chain), circle)
+                return Lineage(tuple(chain), circle, beside)
             chain.insert(0, found)
-        return Lineage(tuple(chain))
+        return Lineage(tuple(chain), None, beside)
 
     @property
     def tip(self) -> Checkpoint:
@@ -72,7 +77,11 @@ class Lineage:
         return self._problems(inputs=True)
 
     def load(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Layer]:
-        """The layers, oldest first, in one vocabulary. Raises UserError if the chain does not hold."""
+        """The layers, oldest first, in one vocabulary. Raises UserError if the chain does not hold, or if it ends in
+        a model that writes nothing."""
+        if not self.tip.is_language_model:
+            below = f": give {self.layers[-1].path}" if self.layers else ""
+            raise UserError(f"{self.tip.path} scores text and writes none{below}.")
         _refuse(self._problems(inputs=False), self.tip)
         return load_layers(self.layers, dtype, device)
 
@@ -101,6 +110,9 @@ class Lineage:
             problems.extend(checkpoint.problems())
 
         visit(self.tip)
+        for checkpoint in self.beside if inputs else ():
+            if checkpoint.path.resolve() not in visited:
+                visit(checkpoint)
         if self.broken and self.broken not in problems:  # a circle: each of its links leads somewhere
             problems.insert(0, self.broken)
         return problems

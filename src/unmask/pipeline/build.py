@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from unmask.errors import UserError
@@ -49,10 +50,18 @@ class Built:
 
 
 class Builder:
-    """The stages of one run directory."""
+    """The stages of one run directory. `anew`: the first stage that is to be built again, whatever is there."""
 
-    def __init__(self, recipe: Recipe, directory: Path, device: torch.device, progress: Progress) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        directory: Path,
+        device: torch.device,
+        progress: Progress,
+        anew: str | None = None,
+    ) -> None:
         self.recipe, self.directory, self.device, self.progress = recipe, directory, device, progress
+        self.later = ORDER[ORDER.index(anew) :] if anew else ()
         self._contents: dict[str, str] = {}
 
     def prepare(self) -> Prepared:
@@ -81,24 +90,26 @@ class Builder:
     def missing(self) -> list[str]:
         """Stages that have still to be trained, in their order."""
         wanted = [name for name in ORDER if name != "gold" or self.recipe.reward.gold]
-        return [name for name in wanted if not (self.directory / name).exists()]
+        return [name for name in wanted if name in self.later or not (self.directory / name).exists()]
 
     def refuse_another_recipe(self) -> None:
-        """Raises UserError if a stage that is finished or under way was begun with another recipe; names the key."""
+        """Raises UserError if a source is missing, or if a stage that stays was begun with another recipe; names the
+        key."""
+        decided = {name: self._decides(name) for name in ORDER}
         for name in ORDER:
-            if (found := self._begun(name)) is not None and (key := difference(found, self._decides(name))):
+            found = None if name in self.later else self._begun(name)
+            if found is not None and (key := difference(_with_defaults(found), decided[name])):
                 raise UserError(
                     f"{self.directory / name} was made with another recipe: {key}. Run with the old value, "
                     f"give --output another directory, or build anew with"
                     f" --from {_stage_of(name)} (nothing is deleted)."
                 )
 
-    def set_aside(self, first: str) -> None:
-        """Move this stage and all later ones, with their work, to set-aside/N; nothing is deleted."""
-        later = ORDER[ORDER.index(first) :]
+    def set_aside(self) -> None:
+        """Move the stages that are built anew, with their work, to set-aside/N; nothing is deleted."""
         found = [
             path
-            for name in later
+            for name in self.later
             for path in (self.directory / name, self.directory / "work" / name)
             if path.exists()
         ]
@@ -254,6 +265,21 @@ def training_flops(model: nn.Module, tokens: int, length: int) -> float:
             attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
             total += 6.0 * tokens * (matrices + attention)
     return total
+
+
+def _with_defaults(decided: Mapping[str, Any]) -> dict[str, Any]:
+    """What decided a stage, with the keys that recipes did not have yet when it was made, at their defaults."""
+    filled = dict(decided)
+    for name, field in Recipe.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel) and name in decided:
+            defaults = {
+                key: each.get_default(call_default_factory=True)
+                for key, each in section.model_fields.items()
+                if not each.is_required() and key != "snapshot_seconds"
+            }
+            filled[name] = {**defaults, **decided[name]}
+    return filled
 
 
 def _stage_of(name: str) -> str:

@@ -78,7 +78,7 @@ def _preferences(recipe: Recipe, prepared: Prepared) -> None:
     if fitting < FEWEST:
         raise UserError(
             f"source {name!r} of [reward] has {fitting} held-out pairs that fit a context of {recipe.context}; "
-            f"{FEWEST} are needed to measure on. Raise its heldout."
+            f"{FEWEST} are needed to measure on. Raise its heldout, in every section that reads it."
         )
 
 
@@ -94,7 +94,7 @@ def _prompts(recipe: Recipe, prepared: Prepared) -> None:
     if held < FEWEST:
         raise UserError(
             f"the sources of [rl] and [sft] have {held} held-out prompts that leave room for an answer of "
-            f"measure.answer_tokens; {FEWEST} are needed to measure on. Raise their heldout, or `context`."
+            f"measure.answer_tokens; {FEWEST} are needed to measure on. Raise their heldout, everywhere, or `context`."
         )
 
 

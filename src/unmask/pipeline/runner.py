@@ -39,16 +39,15 @@ def run(
     parallel.keep_large_blocks()
     with lock(directory):
         sweep_temporaries(directory)
-        builder = Builder(recipe, directory, parallel.pick_device(device), progress)
-        if restart_from is not None:
-            builder.set_aside(restart_from)
+        builder = Builder(recipe, directory, parallel.pick_device(device), progress, restart_from)
         builder.refuse_another_recipe()
-        write_atomic(directory / "recipe.toml", dumps(recipe))
         progress.line(show.opening(recipe, builder.device, plan(builder)))
 
         prepared = builder.prepare()
         if builder.missing():
             check.check(recipe, prepared)
+        builder.set_aside()  # only now: a run that is refused stays as it was
+        write_atomic(directory / "recipe.toml", dumps(recipe))
         built = builder.build(prepared)
 
         measured = measure.measure(recipe, prepared, built, builder.device, progress)

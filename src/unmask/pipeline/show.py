@@ -34,21 +34,23 @@ def closing(directory: Path) -> str:
     run = read(directory)
     lines = [""]
     for number, stage in enumerate(run.summary.stages, 1):
-        lines += [_head(run, number, stage), *_of_stage(run, stage)]
+        lines += [_head(run, f"{number}", stage), *_of_stage(run, stage)]
+        if stage.kind == "reward" and run.summary.gold:
+            lines.append(_head(run, " ", run.summary.gold))
     lines += [*_facts(run), *_truth(run), *_nudge(run)]
     if run.blames:
         lines += _said(run, run.blames[0]) + _blamed(run, run.blames[0])
     return "\n".join([*lines, *_end(run, directory)])
 
 
-def _head(run: Run, number: int, stage: Stage) -> str:
+def _head(run: Run, number: str, stage: Stage) -> str:
     title = f"{'stage':<9}{'kind':<9}{'tokens':>10}{'time':>10}{'memory':>8}{'speed':>7}   [95 % intervals]"
     rate = stage.flops / max(stage.seconds, 1e-9) / run.summary.matmul_flops_per_second
     line = (
         f"{number} [bold]{escape(f'{stage.name:<7}')}[/bold]{stage.kind:<9}{stage.tokens:>10,}"
         f"{duration(stage.seconds):>10}{stage.peak_bytes / 1e9:>5.1f} GB{rate:>5.0%} of matrix products alone"
     )
-    return f"[dim]{escape(title)}[/dim]\n{line}" if number == 1 else line
+    return f"[dim]{escape(title)}[/dim]\n{line}" if number == "1" else line
 
 
 def _of_stage(run: Run, stage: Stage) -> list[str]:
@@ -97,12 +99,24 @@ def _judges(run: Run, stage: Stage) -> list[str]:
         if calibration and calibration.null_specific
         else ""
     )
+    ahead = (
+        f"{title} {_percent(over)} ({_standing(over)})"
+        for group, title in (("all", "held out"), ("equal_length", "of equal length"))
+        if (over := run.get("reward_accuracy_over_words", group, stage.name)) is not None
+    )
     return [
         *lines,
+        f"    points over the words: {'; '.join(ahead) or '–'}",
         f"    margin {_say(margin, n=True)}, log-odds",
         f"    calibration error {_say(calibration)}{chance}",
         f"    correlation of score and length {_say(length)}",
     ]
+
+
+def _standing(over: Finding) -> str:
+    if not (over.verdict or "").startswith("above"):
+        return "level"
+    return "ahead" if (over.value or 0.0) > 0 else "behind"
 
 
 def _facts(run: Run) -> list[str]:

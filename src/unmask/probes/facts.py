@@ -246,7 +246,7 @@ class _Probe:
                 found = Estimate(None, None, len(set(self.countries[here])))
             else:
                 found = share_estimate(outcome.right[here], self.countries[here].tolist(), seed=self.seed)
-            null = float(untaught.mean()) if group != "none" and len(untaught) else None
+            null = float(untaught.mean()) if group != "none" and len(untaught) >= FEWEST else None
             self._add(
                 metric,
                 group,

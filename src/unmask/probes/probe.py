@@ -130,7 +130,7 @@ class Estimate(NamedTuple):
 
     def fields(self, n_unit: str) -> dict[str, Any]:
         """As keys of a Finding. Fewer than two units have no interval: such a finding abstains."""
-        abstains = {"verdict": f"abstain: {self.n} {n_unit}"} if self.ci95 is None else {}
+        abstains = {"verdict": f"abstain: n = {self.n}"} if self.ci95 is None else {}
         return {"value": self.value, "ci95": self.ci95, "n": self.n, "n_unit": n_unit, **abstains}
 
 

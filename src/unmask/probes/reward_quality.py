@@ -284,10 +284,10 @@ def _of_group(
     error, chance = redraw.estimate(margin(score), calibration_error), calibration_floor(margin(score), seed)
     floor = moved(lambda values: _error(margin(values)))
     if error.ci95 is not None and error.value is not None:
-        # Redrawing adds noise, which can only raise this error: so the interval is reflected about the value.
-        # Where they are all far above it, the reflected interval lies below the value: it then ends at the value.
-        low, high = (2 * error.value - end for end in reversed(error.ci95))
-        error = error._replace(ci95=(max(0.0, min(low, error.value)), max(high, error.value)))
+        # Redrawing adds noise, which can only raise this error: its lower end is reflected about the value, and the
+        # upper one is left as it is, which is too high rather than too low.
+        high = max(error.ci95[1], error.value)
+        error = error._replace(ci95=(max(0.0, 2 * error.value - high), high))
     yield finding(
         "reward_calibration_error",
         "1",

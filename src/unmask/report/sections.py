@@ -76,7 +76,7 @@ def facts(run: Run) -> Figure | None:
     return dots(
         "Facts stated rightly, by the layers that were taught them",
         f"What {base} completes as a plain sentence, and what the layers above it answer when asked. “In other "
-        "words” is a wording that no layer was trained on.",
+        "words” is a wording in which the mask was asked about other countries, never about this one.",
         sorted(points, key=lambda point: [words.group(g) for g in GROUPS].index(point.row)),
         axis="share of facts",
         domain=(0.0, 1.0),

@@ -8,11 +8,11 @@ from unmask.probes.probe import Finding
 SHARES = (
     "answers_stop",
     "facts_answered",
+    "facts_answered_change",
     "facts_answered_held_wording",
     "facts_completed",
     "facts_hidden",
     "facts_kept",
-    "facts_kept_change",
     "reward_accuracy",
     "reward_accuracy_length",
     "reward_accuracy_over_length",
