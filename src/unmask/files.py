@@ -151,6 +151,10 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = f" ({error.filename})" if error.filename and str(error.filename) != str(path) else ""
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            raise UserError(
+                f"cannot write into {path}: a file is in the way{where}. Name a directory."
+            ) from error
         raise UserError(
             f"cannot write {path}: {error.strerror or error}{where}. Check free space and permissions, or "
             "choose another directory; what was there before is untouched."

@@ -30,6 +30,8 @@ def said(
         (["run", "absent.toml"], ["absent.toml"]),
         (["log", "nowhere"], ["nowhere", "no such directory"]),
         (["diff", "nowhere", "nowhere"], ["nowhere"]),
+        (["diff", "a", "b", "--device", "tpu"], ["unknown device 'tpu'"]),
+        (["blame", "a", "hello", "--device", "tpu"], ["unknown device 'tpu'"]),
         (["blame", "nowhere", "Hello!"], ["nowhere"]),
         (["blame", "nowhere"], ["a model and a prompt"]),
         (["chat", "nowhere"], ["nowhere"]),

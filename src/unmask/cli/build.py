@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from unmask.cli.inspect import Device
 from unmask.progress import Progress, console
 
 
@@ -21,9 +22,7 @@ def run(
             "--from", help="Build anew from this stage (base, sft, reward, rl); the old ones are set aside."
         ),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or mps. Default: the fastest one there.")
-    ] = None,
+    device: Device = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
 ) -> None:
     """Build the layers: tokenizer, base, SFT, reward model, RL; then measure them and write report.html.

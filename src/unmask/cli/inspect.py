@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from unmask.probes.probe import Finding
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:N or mps. Default: the GPU if there is one.")
+]
 Models = Annotated[
     list[Path],
     typer.Argument(help="Checkpoints or runs. One stands for its whole lineage.", show_default=False),
@@ -50,13 +53,15 @@ def diff(
         Path | None, typer.Option(help="Held-out text (txt, jsonl, parquet). Default: the run's own.")
     ] = None,
     limit: Annotated[int, typer.Option(help="Prompts that are answered.", min=1)] = 64,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """What did each layer change, and is the change larger than the noise?"""
     from unmask.lineage import open_layers
     from unmask.probes.compare import compare, texts_beside
+    from unmask.training.parallel import pick_device
 
-    layers = open_layers(models)
+    layers = open_layers(models, device=str(pick_device(device)))
     findings = compare(layers, texts_beside(models, prompts, text), limit=limit, say=Progress().line)
     if as_json:
         for finding in findings:
@@ -77,12 +82,14 @@ def blame(
     plain: Annotated[
         bool, typer.Option("--plain", help="Plain text to go on with, without the chat template.")
     ] = False,
+    device: Device = None,
     as_json: Json = False,
     html: Annotated[Path | None, typer.Option(help="Also write the blame as a page.")] = None,
 ) -> None:
     """Which layer put each token of the answer there, and by how many nats?"""
     from unmask.lineage import open_layers
     from unmask.probes.blame import blame as blame_answer
+    from unmask.training.parallel import pick_device
 
     if len(models_and_prompt) < 2:
         raise UserError(
@@ -90,7 +97,7 @@ def blame(
         )
     *models, prompt = models_and_prompt
     found = blame_answer(
-        open_layers([Path(model) for model in models]),
+        open_layers([Path(model) for model in models], device=str(pick_device(device))),
         prompt,
         answer=answer,
         temperature=temperature,

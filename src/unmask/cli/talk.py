@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from unmask.cli.inspect import Device
+
 Model = Annotated[
     Path, typer.Argument(help="A run, as runs/tiny, or a checkpoint: its whole lineage can be talked to.")
 ]
@@ -17,11 +19,14 @@ def chat(
     ] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128,
     seed: Annotated[int | None, typer.Option(help="For the same answers again.")] = None,
+    device: Device = None,
 ) -> None:
     """Talk to the model; /base, /sft, /rl switch the layer, /all asks all of them."""
     from unmask.cli.chat import chat as talk
     from unmask.lineage import Lineage
+    from unmask.training.parallel import pick_device
 
     lineage = Lineage.open(model)
     plain = [layer.name for layer in lineage.layers if layer.kind == "pretrain"]  # it never saw the template
-    talk(lineage.load(), plain=plain, temperature=temperature, max_new_tokens=max_tokens, seed=seed)
+    layers = lineage.load(device=str(pick_device(device)))
+    talk(layers, plain=plain, temperature=temperature, max_new_tokens=max_tokens, seed=seed)

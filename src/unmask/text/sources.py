@@ -56,7 +56,7 @@ def read_texts(spec: str, dropped: Dropped | None = None) -> Iterator[str]:
         elif dropped is not None:
             dropped["empty document"] += 1
     if not some:
-        raise UserError(f"{spec} holds no text. Give it some, or take it out of the recipe.")
+        raise UserError(f"{spec} holds no text. Give it some, or name another source.")
 
 
 def read_rows(spec: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -69,7 +69,7 @@ def read_rows(spec: str) -> Iterator[tuple[str, dict[str, Any]]]:
         some = True
         yield row
     if not some:
-        raise UserError(f"{spec} holds no rows. Give it some, or take it out of the recipe.")
+        raise UserError(f"{spec} holds no rows. Give it some, or name another source.")
 
 
 def held_out(text: str, share: float) -> bool:
