@@ -144,7 +144,7 @@ def test_a_file_is_replaced_in_one_go_and_a_failure_leaves_the_old_one(
 def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(UserError, match=f"cannot write {tmp_path}/file/model"),
+        pytest.raises(UserError, match=f"cannot write into {tmp_path}/file/model: a file is in the way"),
         files.atomic_directory(tmp_path / "file" / "model"),
     ):
         pass

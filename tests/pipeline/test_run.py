@@ -94,6 +94,7 @@ SAID = {  # the beginning of a line → the shares that it holds in per cent, th
     ),
     "    of equal length": ([("reward_accuracy", "equal_length", "reward")], []),
     "    gold, held out": ([("reward_accuracy", "all", "gold")], []),
+    "    points over the words, of equal length": ([("reward_accuracy_over_words", "equal_length", "reward")], []),
     "    margin": ([], [("reward_margin", "all", "reward")]),
     "    calibration error": ([], [("reward_calibration_error", "all", "reward")]),
     "    correlation of score and length": ([], [("reward_length_correlation", "all", "reward")]),
@@ -128,7 +129,11 @@ def test_what_a_run_says_at_its_end_holds_every_figure_that_it_must(run: Path, b
             figure = f"{100 * claim.value:.0f}"
         else:
             figure = words.number(claim.value, words.decimals(claim))
-        assert any(re.search(rf"(^| ){re.escape(figure)}( |$)", line) for line in lines), (key, figure, lines)
+        assert any(re.search(rf"(^| ){re.escape(figure)}( |:|$)", line) for line in lines), (
+            key,
+            figure,
+            lines,
+        )
 
 
 def test_running_again_keeps_every_stage_and_changes_no_hash(run: Path) -> None:

@@ -100,13 +100,13 @@ def _judges(run: Run, stage: Stage) -> list[str]:
         else ""
     )
     ahead = (
-        f"{title} {_percent(over)} ({_standing(over)})"
+        f"    points over the words, {title}: {_percent(over)}: {_standing(over)}"
         for group, title in (("all", "held out"), ("equal_length", "of equal length"))
         if (over := run.get("reward_accuracy_over_words", group, stage.name)) is not None
     )
     return [
         *lines,
-        f"    points over the words: {'; '.join(ahead) or '–'}",
+        *ahead,
         f"    margin {_say(margin, n=True)}, log-odds",
         f"    calibration error {_say(calibration)}{chance}",
         f"    correlation of score and length {_say(length)}",
