@@ -140,8 +140,19 @@ def test_running_again_keeps_every_stage_and_changes_no_hash(run: Path) -> None:
     before = {stage["name"]: stage["hash"] for stage in summary_of(run)["stages"]}
     again = unmask(*shrunk(run))
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("kept") == 5
+    assert again.stderr.count("kept") == 6  # five stages, and what was measured on them
+    assert "measuring" not in again.stderr
     assert {stage["name"]: stage["hash"] for stage in summary_of(run)["stages"]} == before
+
+
+def test_other_amounts_are_measured_anew_on_the_same_layers(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    again = unmask(*shrunk(copy, "measure.prompts=8"))
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("kept") == 5
+    claims = {(c["metric"], c["child"]): c for c in summary_of(copy)["claims"]}
+    assert claims["answer_length", "rl"]["n"] == 8
 
 
 def test_another_recipe_is_refused_by_the_key_that_differs(run: Path) -> None:

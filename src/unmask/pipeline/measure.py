@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from unmask import __version__
 from unmask.files import write_atomic
 from unmask.lineage import Checkpoint, load_layers
 from unmask.model.scorer import Scorer
@@ -149,6 +150,24 @@ def _telling(facts: Sequence[PlantedFact]) -> list[str]:
     return [found[group] for group in ("both", "base_only", "sft_only") if group in found]
 
 
+def stands(directory: Path, recipe: Recipe, built: Built) -> bool:
+    """Whether what lies in `directory` was measured on these layers, with these settings, by this version."""
+    files = [directory / name for name in ("summary.json", "findings.jsonl", "blame.json")]
+    if not all(file.is_file() for file in files):
+        return False
+    try:
+        summary = json.loads(files[0].read_bytes())
+        hashes = {row["name"]: row["hash"] for row in (*summary["stages"], summary["gold"]) if row}
+        by = summary["measured_by"]
+    except (ValueError, KeyError, TypeError):  # of another version, or damaged: measured anew
+        return False
+    return hashes == {stage.name: stage.hash for stage in built.all} and by == _by(recipe)
+
+
+def _by(recipe: Recipe) -> dict[str, Any]:
+    return {"version": __version__, "measure": recipe.measure.model_dump(mode="json")}
+
+
 def write(
     directory: Path,
     recipe: Recipe,
@@ -181,6 +200,7 @@ def write(
         "prepare_seconds": prepared.seconds,
         "measure_seconds": measured.seconds,
         "measure_peak_bytes": measured.peak_bytes,
+        "measured_by": _by(recipe),
         "parameters": parameters,
         "machine": f"{parallel.describe(device)}; matrix products {rate / 1e9:,.0f} GFLOP/s measured",
         RATE: rate,

@@ -50,7 +50,12 @@ def run(
         write_atomic(directory / "recipe.toml", dumps(recipe))
         built = builder.build(prepared)
 
-        measured = measure.measure(recipe, prepared, built, builder.device, progress)
-        measure.write(directory, recipe, prepared, built, measured, builder.device)
+        if measure.stands(directory, recipe, built):
+            progress.line(
+                "measured  kept: the same layers and settings; delete summary.json to measure again"
+            )
+        else:
+            measured = measure.measure(recipe, prepared, built, builder.device, progress)
+            measure.write(directory, recipe, prepared, built, measured, builder.device)
         write_report(directory)
     return directory
