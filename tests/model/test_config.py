@@ -5,7 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import CONFIGS, LLAMA3, SIZES
 
@@ -143,6 +143,7 @@ json_values = st.recursive(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # of the machine, when others work on it
 @given(st.dictionaries(st.sampled_from(sorted(QWEN3)), json_values, max_size=3))
 def test_any_json_gives_a_config_or_a_user_error(changes: dict[str, Any]) -> None:
     with suppress(UserError):

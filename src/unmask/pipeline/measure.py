@@ -3,13 +3,13 @@
 import json
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from unmask import __version__
 from unmask.files import write_atomic
 from unmask.lineage import Checkpoint, load_layers
 from unmask.model.scorer import Scorer
@@ -165,7 +165,7 @@ def stands(directory: Path, recipe: Recipe, built: Built) -> bool:
 
 
 def _by(recipe: Recipe) -> dict[str, Any]:
-    return {"version": __version__, "measure": recipe.measure.model_dump(mode="json")}
+    return {"version": metadata.version("unmask"), "measure": recipe.measure.model_dump(mode="json")}
 
 
 def write(
