@@ -208,7 +208,8 @@ def test_the_scores_zero_is_the_mean_of_what_sft_answers(
     model = judge.model()
     assert isinstance(model, Scorer)
     texts = [[*prompt, 9, 10 + i % 7, 2] for i, prompt in enumerate(asked) if i % 3 > 0]
-    assert 0 < len(texts) == judge.record.metrics["centred_on_answers"]  # type: ignore[union-attr]
+    assert judge.record is not None
+    assert 0 < len(texts) == judge.record.metrics["centred_on_answers"]
     assert scores(model, texts).mean().item() == pytest.approx(0.0, abs=1e-5)
     assert model.config.reward_offset != 0
 

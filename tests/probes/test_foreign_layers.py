@@ -56,8 +56,10 @@ def test_a_model_differs_from_its_child_and_not_from_itself(pair: list[Layer]) -
     same = compare([pair[0], Layer("twin", pair[0].model, pair[0].tokenizer)], texts)
     other = compare(pair, texts)
 
-    def kl(findings: list) -> float:  # type: ignore[type-arg]
-        return next(f.value for f in findings if f.metric == "kl_child_parent" and f.text_source == "N")
-
-    assert kl(same) == 0
-    assert kl(other) > 0.01
+    [nothing], [something] = (
+        [f.value for f in found if f.metric == "kl_child_parent" and f.text_source == "N"]
+        for found in (same, other)
+    )
+    assert nothing == 0
+    assert something is not None
+    assert something > 0.01

@@ -173,15 +173,10 @@ def _print_diff(findings: "Sequence[Finding]") -> None:
 
 
 def _beyond(verdict: str) -> str:
-    return (
-        verdict
-        if verdict.startswith("abstain")
-        else "yes"
-        if verdict.startswith("above")
-        else "no"
-        if verdict
-        else ""
-    )
+    """Yes or no; nothing for a level, which is compared with nothing; what abstains says why."""
+    if verdict.startswith("abstain") or not verdict:
+        return verdict
+    return "yes" if verdict.startswith("above") else "no"
 
 
 def _print_blame(found: dict[str, Any]) -> None:

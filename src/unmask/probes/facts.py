@@ -240,9 +240,8 @@ class _Probe:
                 if few.any()
                 else None
             )
-            if (
-                among is not None and here.sum() < FEWEST
-            ):  # six facts that chance completed say nothing of hiding
+            if among is not None and here.sum() < FEWEST:
+                # Six facts that were completed by chance say nothing of hiding or keeping.
                 found = Estimate(None, None, len(set(self.countries[here])))
             else:
                 found = share_estimate(outcome.right[here], self.countries[here].tolist(), seed=self.seed)

@@ -20,9 +20,7 @@ from unmask.text.sources import Dropped, held_out, read_rows
 T = TypeVar("T")
 Chat: TypeAlias = list[Message]
 Half: TypeAlias = Literal["proxy", "gold", "held_out"]
-EQUAL_LENGTH = (
-    0.1  # by how much the sides of a pair may differ where equal ones are wanted and the recipe is silent
-)
+EQUAL_LENGTH = 0.1  # how far the sides of an equal pair may differ, relatively, where the recipe is silent
 
 
 def share_held_out(source: Source, recipe: Recipe) -> float:
