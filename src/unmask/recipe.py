@@ -135,7 +135,7 @@ class RlSection(Section):
     value_clip: float = Field(default=0.2, gt=0)
     value_weight: float = Field(default=0.5, ge=0)
     ptx: float = Field(default=0.0, ge=0)  # weight of the pretraining loss, as PPO-ptx of InstructGPT
-    truncated_score: float = -2.0  # what an answer that does not stop gets, in log-odds
+    truncation_penalty: float = Field(default=2.0, ge=0)  # for an answer that does not stop; unit of `kl`
     sources: tuple[Source, ...] = Field(min_length=1)
     snapshot_seconds: float = Field(default=120.0, gt=0)
 

@@ -1,7 +1,6 @@
 """PPO: exact at its first step, a pure function of weights and seed, and it learns what is rewarded."""
 
 import json
-import math
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -125,7 +124,7 @@ def test_values_are_read_before_each_action_and_less_the_reward_models_offset() 
 
 
 def spread_of(judge: Scorer, prompts: Sequence[Sequence[int]] = PROMPTS * 6) -> float:
-    whole = RewardModel(judge, math.nan, 60)
+    whole = RewardModel(judge, 60)
     return score_spread(decoder(1), whole, prompts, answer_tokens=8, stop_ids=STOPS, seed=5, rows=8)
 
 
@@ -172,6 +171,18 @@ def test_the_reward_is_the_score_at_the_stop_token_less_beta_times_k1_everywhere
             expected = row - 0.3 * objective.spread * sum(k1[i:])
             assert experience.returns_BA[row, i].item() == pytest.approx(expected, abs=1e-3)
     assert experience.numbers["kl_child_parent"] != 0
+
+
+def test_an_answer_that_was_cut_is_worth_the_penalty_less_than_the_critic_expected_of_its_prompt() -> None:
+    _, objective, _ = begin(kl=0.0, truncation_penalty=3.0, gamma=1.0, gae_lambda=1.0)
+    found = objective.collect(0)
+    cut = [i for i, said in enumerate(found.rollout.answers) if not said.finished]
+    assert 0 < len(cut) < len(found.rollout.answers)
+    texts = [[*p, *a.ids] for p, a in zip(*found.rollout, strict=True) if a.finished]
+    assert found.numbers["reward"] == pytest.approx(scores(scorer(2), texts).mean().item(), abs=1e-5)
+    for i in cut:
+        expected = found.values_BA[i, 0] - 3 * objective.spread
+        torch.testing.assert_close(found.returns_BA[i], expected.expand_as(found.returns_BA[i]))
 
 
 def test_advantages_are_whitened_over_the_whole_rollout_whatever_the_micro_batches() -> None:

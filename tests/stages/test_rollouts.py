@@ -64,7 +64,7 @@ def test_answers_come_from_the_whole_distribution_at_temperature_one() -> None:
     assert counts[p < 0.01].sum() > 0
 
 
-def test_a_truncated_answer_gets_the_fixed_score_and_the_reward_model_never_sees_it(
+def test_the_reward_model_has_no_opinion_of_an_answer_that_was_cut_and_never_sees_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, seen = scorer(0), list[list[int]]()
@@ -76,26 +76,26 @@ def test_a_truncated_answer_gets_the_fixed_score_and_the_reward_model_never_sees
 
     monkeypatch.setattr(model, "forward", spy)
     rollout = Rollout([[5], [6], [7]], [answer([8, STOP]), answer([8, 9]), answer([STOP])])
-    result = RewardModel(model, truncated_score=-3.5, micro_tokens=64)(rollout)
+    result = RewardModel(model, micro_tokens=64)(rollout)
     assert sorted(seen) == [[5, 8, STOP], [7, STOP]]
-    assert result[1] == -3.5
+    assert result[1].isnan()
     torch.testing.assert_close(result[[0, 2]], scores(model, [[5, 8, STOP], [7, STOP]]))
 
 
 def test_rewards_are_centred_by_the_models_offset() -> None:
     model, prompts = scorer(1), rows(0, 5, 6)
     rollout = Rollout(prompts, [answer([9, STOP])] * 5)
-    judge = RewardModel(model, truncated_score=0.0, micro_tokens=64)
+    judge = RewardModel(model, micro_tokens=64)
     before = judge(rollout)
     offset = centre(model, [[*prompt, 9, STOP] for prompt in prompts])
     torch.testing.assert_close(judge(rollout), before - offset)
     assert judge(rollout).mean().item() == pytest.approx(0, abs=1e-6)
 
 
-def test_a_rollout_of_truncated_answers_only_has_scores_and_is_said_to_be_broken() -> None:
+def test_a_rollout_of_truncated_answers_only_has_no_opinion_and_is_said_to_be_broken() -> None:
     rollout = Rollout([[5], [6]], [answer([8, 9]), answer([8, 8])])
-    result = RewardModel(scorer(0), truncated_score=-1.0, micro_tokens=64)(rollout)
-    assert result.tolist() == [-1.0, -1.0]
+    result = RewardModel(scorer(0), micro_tokens=64)(rollout)
+    assert result.isnan().all()
     assert check(rollout, result).keys() == {"truncated"}
 
 
@@ -110,7 +110,7 @@ def test_constant_rewards_and_empty_answers_are_said_and_healthy_rollouts_are_no
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_reward_that_is_not_a_number_stops_training_with_a_reason(broken: float) -> None:
     rollout = Rollout([[5], [6]], [answer([8, STOP]), answer([9, STOP])])
-    with pytest.raises(UserError, match="1 of 2 answers is not a finite number"):
+    with pytest.raises(UserError, match="1 of 2 whole answers is not a finite number"):
         check(rollout, torch.tensor([0.1, broken]))
 
 

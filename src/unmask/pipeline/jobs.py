@@ -282,5 +282,5 @@ def ppo_settings(section: RlSection) -> ppo.PPOSettings:
         value_clip=section.value_clip,
         value_weight=section.value_weight,
         ptx=section.ptx,
-        truncated_score=section.truncated_score,
+        truncation_penalty=section.truncation_penalty,
     )

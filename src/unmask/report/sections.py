@@ -168,16 +168,11 @@ def reinforcement(run: Run) -> list[Figure]:
         curves = [(Series.of("reward (proxy)", place), proxy)]
         if gold:
             curves.append((Series("gold, at equal length", "var(--ink)", "◆", dash=(4, 3)), gold))
-        beside = (
-            ", a truncated one at its fixed score; beside it a second judge that it does not see, at one length"
-            " over the whole answers of each rollout"
-            if gold
-            else ""
-        )
+        beside = "; beside it a second judge that it does not see, at one length" if gold else ""
         for title, caption, drawn, unit in (
             (
                 "Reward",
-                f"Mean score of the answers while {stage.name} was trained{beside}.",
+                f"Mean score of the answers that ended while {stage.name} was trained{beside}.",
                 curves,
                 "log-odds",
             ),
@@ -192,6 +187,12 @@ def reinforcement(run: Run) -> list[Figure]:
                 "Mean length of the sampled answers: a reward that people's ratings tie to length can be had by it.",
                 [(Series.of("length", place), _points(run, stage.name, "answer_tokens", "step"))],
                 "tokens",
+            ),
+            (
+                "Answers that were cut",
+                "Answers of a rollout that reached the limit: each is scored below what was expected of its prompt.",
+                [(Series.of("cut", place), _points(run, stage.name, "truncated", "step"))],
+                "answers",
             ),
         ):
             if drawn[0][1]:

@@ -1,7 +1,6 @@
 """PPO as InstructGPT used it: a policy started from SFT learns from its own answers by a reward model."""
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from unmask.model.decoder import Decoder
 from unmask.model.scorer import Scorer
 from unmask.stages import objectives, pretrain
 from unmask.stages.batches import by_length
+from unmask.stages.experience import Experience, experience
 from unmask.stages.reward import scores
 from unmask.stages.rollouts import (
     Actions,
@@ -58,7 +58,7 @@ class PPOSettings:
     value_clip: float = 0.2
     value_weight: float = 0.5
     ptx: float = 0.0  # weight of the pretraining loss
-    truncated_score: float = -1.0
+    truncation_penalty: float = 2.0  # reward lost by an answer that is cut, in the same unit as `kl`
 
 
 class ActorCritic(nn.Module):
@@ -67,20 +67,6 @@ class ActorCritic(nn.Module):
     def __init__(self, policy: Decoder, critic: Scorer) -> None:
         super().__init__()
         self.policy, self.critic = policy, critic
-
-
-@dataclass(frozen=True)
-class Experience:
-    """What a rollout leaves to learn from; (B, A) tensors hold 0 where a row has no action."""
-
-    index: int
-    rollout: Rollout
-    mask_BA: Tensor
-    log_probs_BA: Tensor  # of the policy that acted, computed by the trainer
-    values_BA: Tensor  # of the critic at that time
-    advantages_BA: Tensor  # whitened over the rollout
-    returns_BA: Tensor
-    numbers: dict[str, float]  # for metrics.jsonl
 
 
 class Batch(NamedTuple):
@@ -99,14 +85,17 @@ class PPO:
     """The PPO objective of the training loop.
 
     Each rollout: prompts → answers at temperature 1 → the reward model's score, less its offset, at the
-    last action (a truncated answer gets a fixed score), less β·k1 to the SFT model at each action →
-    generalised advantages, whitened over the rollout → epochs × minibatches steps on clipped policy and
-    value losses, both divided by the actions of the whole step, plus the loss on raw text where `ptx` is
-    given (PPO-ptx).
+    last action, less β·k1 to the SFT model at each action → generalised advantages, whitened over the
+    rollout → epochs × minibatches steps on clipped policy and value losses, both divided by the actions of
+    the whole step, plus the loss on raw text where `ptx` is given (PPO-ptx).
 
     β is `kl` times `spread`, the standard deviation of the score between the SFT model's answers to one
     prompt (`score_spread`), so that `kl` means the same whatever the reward model's margins are, and however
     much of its score is the prompt's, which no answer can change.
+
+    An answer that was cut at the limit is scored `truncation_penalty` times `spread` below what the critic
+    expected of its prompt. A fixed score would be far below every other answer to one prompt and above every
+    answer to another; then not to be cut, or to be, is most of what PPO learns.
 
     In the first `critic_rollouts` the policy stands still. The critic knows what a whole answer is worth, not
     what a prompt promises; until it does, an advantage is mostly the prompt's own score, which pushes every
@@ -114,8 +103,8 @@ class PPO:
 
     Ouyang et al. (arXiv 2203.02155), section 3.5 and appendix C.4. Deviations: rewards are not whitened;
     policy and critic share one clipped gradient norm; the critic's values are less the reward model's
-    offset, as the rewards are; answers that reach the limit get a fixed score (so do Huang et al., arXiv
-    2403.17031) and nothing is bootstrapped after them.
+    offset, as the rewards are; an answer that reaches the limit gets a penalised score (Huang et al., arXiv
+    2403.17031, give a fixed one) and nothing is bootstrapped after it.
 
     The log-probabilities that ratios start from are computed here, with the code, dtype and padding of the
     first epoch's micro-batches, so that the first step has ratio 1 exactly; how far the sampler's own lie
@@ -159,7 +148,7 @@ class PPO:
                 "seed": seed,
             }
         )
-        self._experience: Experience | None = None
+        self._experience: tuple[int, Experience] | None = None  # with its rollout's index
         self._troubles: dict[str, str] = {}
 
     def micro_batches(self, step: int) -> list[Batch | Tensor]:
@@ -167,22 +156,22 @@ class PPO:
         index, inner = divmod(step, self.pause_every)
         if inner == 0:
             self._experience = None  # let go of the last one before the next is made
-            self._experience = self.collect(index)
-        experience = self._experience
-        assert experience is not None, f"step {step} comes without its rollout"
-        assert experience.index == index, f"step {step} comes with rollout {experience.index}"
+            self._experience = index, self.collect(index)
+        assert self._experience is not None, f"step {step} comes without its rollout"
+        collected, learned_from = self._experience
+        assert collected == index, f"step {step} comes with rollout {collected}"
         epoch, part = divmod(inner, self.settings.minibatches)
         batches: list[Batch | Tensor] = []
-        for rows in self._parts(index, epoch, experience.rollout)[part]:
-            mask = experience.mask_BA[rows]
+        for rows in self._parts(index, epoch, learned_from.rollout)[part]:
+            mask = learned_from.mask_BA[rows]
             batches.append(
                 Batch(
-                    actions(experience.rollout, rows, mask.device),
-                    experience.log_probs_BA[rows][mask],
-                    experience.values_BA[rows][mask],
-                    experience.advantages_BA[rows][mask],
-                    experience.returns_BA[rows][mask],
-                    {} if batches else experience.numbers,
+                    actions(learned_from.rollout, rows, mask.device),
+                    learned_from.log_probs_BA[rows][mask],
+                    learned_from.values_BA[rows][mask],
+                    learned_from.advantages_BA[rows][mask],
+                    learned_from.returns_BA[rows][mask],
+                    {} if batches else learned_from.numbers,
                     self._policy_learns(index),
                 )
             )
@@ -240,8 +229,8 @@ class PPO:
             seed=int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0]),
             rows=settings.rows,
         )
-        scores_B = self.reward(rollout)
-        self._report(index, check(rollout, scores_B))
+        given_B = self.reward(rollout)
+        self._report(index, check(rollout, given_B))
 
         device = self.model.policy.head.device
         lengths_B = torch.tensor([len(answer.ids) for answer in rollout.answers], device=device)
@@ -254,32 +243,21 @@ class PPO:
             reference_BA[rows] = blank.masked_scatter(mask, log_probs(self.reference, acts))
             values_BA[rows] = blank.masked_scatter(mask, self._values(acts))
 
-        log_ratio_BA = log_probs_BA - reference_BA
-        rewards_BA = objectives.token_rewards(
-            scores_B.to(device), log_ratio_BA, mask_BA, settings.kl * self.spread
+        found = experience(
+            rollout,
+            given_B.to(device),
+            mask_BA,
+            log_probs_BA,
+            reference_BA,
+            values_BA,
+            beta=settings.kl * self.spread,
+            penalty=settings.truncation_penalty * self.spread,
+            gamma=settings.gamma,
+            lam=settings.gae_lambda,
         )
-        advantages_BA, returns_BA = objectives.gae(
-            rewards_BA, values_BA, mask_BA, settings.gamma, settings.gae_lambda
-        )
-        sampled_N = torch.tensor([p for answer in rollout.answers for p in answer.log_probs], device=device)
-        gap_N = (log_probs_BA[mask_BA] - sampled_N).abs()
-        k1_N = delta.k1(log_ratio_BA[mask_BA])
-        stopped = sum(answer.finished for answer in rollout.answers)
-        numbers = {
-            "reward": scores_B.mean().item(),
-            "kl_child_parent": k1_N.mean().item(),
-            "entropy": -log_probs_BA[mask_BA].mean().item(),
-            "explained_variance": objectives.explained_variance(values_BA, returns_BA, mask_BA).item(),
-            "stop_rate": stopped / settings.answers,
-            "truncated": settings.answers - stopped,
-            "answer_tokens": lengths_B.float().mean().item(),
-            "sampler_gap_mean": gap_N.mean().item(),
-            "sampler_gap_max": gap_N.max().item(),
-        }
         if self.gold is not None:
-            numbers["gold"] = self._gold(rollout)
-        white_BA = objectives.whiten(advantages_BA, mask_BA)
-        return Experience(index, rollout, mask_BA, log_probs_BA, values_BA, white_BA, returns_BA, numbers)
+            found.numbers["gold"] = self._gold(rollout)
+        return found
 
     def _gold(self, rollout: Rollout) -> float:
         """The second judge's score of an answer of half the longest length, on the line through this rollout's
@@ -363,7 +341,7 @@ def stage(
     asked = Prompts(prompts, room=room, seed=seed)
     spread = score_spread(
         sft,
-        RewardModel(reward, math.nan, settings.micro_tokens),
+        RewardModel(reward, settings.micro_tokens),
         asked.draw(0, 2 * settings.answers),
         answer_tokens=settings.answer_tokens,
         stop_ids=stop_ids,
@@ -382,7 +360,7 @@ def stage(
     objective = PPO(
         model,
         sft,
-        RewardModel(reward, settings.truncated_score, settings.micro_tokens),
+        RewardModel(reward, settings.micro_tokens),
         asked,
         settings,
         stop_ids=stop_ids,

@@ -35,7 +35,8 @@ class Rollout(NamedTuple):
     answers: Sequence[Answer]
 
 
-# One score an answer (B,), float32 on the CPU. A reward model here; a checker of results fits as well.
+# One score an answer (B,), float32 on the CPU; NaN for one that was cut, if the judge has no opinion of it.
+# A reward model here; a checker of results fits as well.
 Reward = Callable[[Rollout], Tensor]
 
 
@@ -104,17 +105,17 @@ def answered(
 
 
 class RewardModel:
-    """Score of an answer = the reward model's, centred; an answer that was cut gets `truncated_score`.
+    """Score of an answer = the reward model's, centred; NaN for an answer that was cut.
 
     The reward model learned from conversations that end, so its opinion of half an answer is never asked
     for.
     """
 
-    def __init__(self, model: Scorer, truncated_score: float, micro_tokens: int) -> None:
-        self.model, self.truncated_score, self.micro_tokens = model, truncated_score, micro_tokens
+    def __init__(self, model: Scorer, micro_tokens: int) -> None:
+        self.model, self.micro_tokens = model, micro_tokens
 
     def __call__(self, rollout: Rollout) -> Tensor:
-        result = torch.full((len(rollout.answers),), self.truncated_score)
+        result = torch.full((len(rollout.answers),), torch.nan)
         whole = [i for i, answer in enumerate(rollout.answers) if answer.finished]
         texts = [[*rollout.prompts[i], *rollout.answers[i].ids] for i in whole]
         result[whole] = scores(self.model, texts, self.micro_tokens)
@@ -133,8 +134,7 @@ def score_spread(
 ) -> float:
     """Standard deviation of the score between two answers of the policy to the same prompt.
 
-    The root of the mean of (difference)² / 2 over the prompts that got two scores; NaN, which `reward` gives to
-    an answer that is not to count, leaves a prompt out. NaN where none is left.
+    The root of the mean of (difference)² / 2 over the prompts that got two scores; NaN where none did.
     """
     twice = [*prompts, *prompts]
     said = answered(policy, twice, answer_tokens=answer_tokens, stop_ids=stop_ids, seed=seed, rows=rows)
@@ -145,20 +145,19 @@ def score_spread(
 def check(rollout: Rollout, scores_B: Tensor) -> dict[str, str]:
     """What is wrong with a rollout from which little can be learned: kind → sentence, empty if all is well.
 
-    Raises UserError for scores that are not numbers: from those everything can be lost.
+    Raises UserError for scores of whole answers that are not numbers: from those everything can be lost.
     """
-    n, broken = len(scores_B), int((~scores_B.isfinite()).sum())
+    n = len(scores_B)
+    whole = [i for i, answer in enumerate(rollout.answers) if answer.finished]
+    broken = int((~scores_B[whole].isfinite()).sum())
     if broken:
         raise UserError(
-            f"the reward of {broken} of {n} answers is not a finite number: the reward model's training "
+            f"the reward of {broken} of {len(whole)} whole answers is not a finite number: the reward model's training "
             "diverged, or its weights are damaged. Redo it (`--from reward`), with a lower reward.lr."
         )
     found = {}
-    whole = [i for i, answer in enumerate(rollout.answers) if answer.finished]
     if not whole:
-        found["truncated"] = (
-            f"none of {n} answers stops by itself, so all get the score of a truncated answer"
-        )
+        found["truncated"] = f"none of {n} answers stops by itself, so the judge has no opinion of any"
     elif len(whole) > 1 and bool((scores_B[whole] == scores_B[whole[0]]).all()):
         found["constant"] = (
             f"all of {len(whole)} whole answers get the same reward: there is nothing to prefer"
