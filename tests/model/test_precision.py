@@ -1,11 +1,14 @@
 """bfloat16 products, with and without instructions for them."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from unmask.model import precision
-from unmask.model.precision import linear
+from unmask.model.precision import linear, processor_has_bfloat16
 
 
 @pytest.fixture
@@ -38,3 +41,27 @@ def test_an_emulated_product_has_gradients_in_the_dtype_of_its_inputs() -> None:
 def test_a_float32_product_is_left_alone() -> None:
     x, w, b = torch.randn(5, 30), torch.randn(7, 30), torch.randn(7)
     assert torch.equal(linear(x, w, b), F.linear(x, w, b))
+
+
+@pytest.mark.skipif(
+    not processor_has_bfloat16(), reason="products go through float32, which compiles no kernels"
+)
+def test_memory_does_not_grow_with_the_number_of_shapes_that_were_multiplied() -> None:
+    """600 shapes, three products each: their compiled kernels would be a GB and more if all were kept."""
+    program = """
+from pathlib import Path
+import torch
+from unmask.model.precision import linear, processor_has_bfloat16
+weight = torch.randn(768, 256, dtype=torch.bfloat16, requires_grad=True)
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def multiply(rows):
+    linear(torch.randn(rows, 256, dtype=torch.bfloat16, requires_grad=True), weight).sum().backward()
+multiply(3000)
+before = resident()
+for rows in range(1000, 1600):
+    multiply(rows)
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 400e6

@@ -1,11 +1,17 @@
-"""Products in bfloat16 on processors that have no instructions for them."""
+"""Products in bfloat16 on CPUs: through float32 where a processor has no instructions for them."""
 
 import functools
+import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# PyTorch keeps the kernels that it compiled for each shape of a bfloat16 product, 1,024 of them in each of two
+# caches: gigabytes where texts have all lengths. Both caches look here when the first product is made.
+for _capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(_capacity, "128")
 
 
 @functools.cache
