@@ -320,3 +320,12 @@ def test_rows_say_what_log_prints(run: Path) -> None:
     assert rows[0]["tokens"] == 1000
     assert rows[0]["headline"] == {"grad_norm": 0.5}
     json.dumps(rows)
+
+
+def test_ancestors_are_named_as_the_checkpoint_is_from_the_working_directory_or_absolutely(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent)
+    for directory in (Path(run.name), run):
+        rows = Lineage.open(directory / "rl").rows()
+        assert [row["path"] for row in rows] == [str(directory / name) for name in ("base", "sft", "rl")]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from unmask.cli.inspect import Device
+from unmask.cli.options import Device
 from unmask.progress import Progress, console
 
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from unmask.cli.options import Device
 from unmask.colours import layer_colour
 from unmask.errors import UserError
 from unmask.progress import UNPRINTABLE, Progress, console, duration
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from unmask.probes.probe import Finding
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:N or mps. Default: the GPU if there is one.")
-]
 Models = Annotated[
     list[Path],
     typer.Argument(help="Checkpoints or runs. One stands for its whole lineage.", show_default=False),

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from unmask.cli.inspect import Device
+from unmask.cli.options import Device
 
 Model = Annotated[
     Path, typer.Argument(help="A run, as runs/tiny, or a checkpoint: its whole lineage can be talked to.")

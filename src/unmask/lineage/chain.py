@@ -172,6 +172,8 @@ def _refuse(problems: Sequence[str], checkpoint: Checkpoint) -> None:
 def _follow(checkpoint: Checkpoint, role: str, reference: Reference) -> Checkpoint | str:
     """The checkpoint that a record refers to, or the sentence that says why it cannot be had."""
     path = Path(os.path.normpath(checkpoint.path.resolve() / reference.path))
+    if not checkpoint.path.is_absolute():
+        path = Path(os.path.relpath(path))
     if not path.exists():  # a stage that was set aside in RUN/set-aside/N: its parent may still lie in RUN
         kept = path.parent.parent.parent / path.name
         path = kept if path.parent.parent.name == "set-aside" and _hash_in(kept) == reference.hash else path

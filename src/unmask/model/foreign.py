@@ -15,7 +15,7 @@ from unmask.model.decoder import Decoder
 from unmask.model.precision import linear
 
 
-class Read:
+class TokenCache:
     """The ids that were read, in a Cache's place: `rows` sequences of up to `length`, at that class's terms."""
 
     def __init__(self, rows: int, length: int, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class Read:
     def select(self, rows: Tensor) -> None:
         self.ids_BT, self.lengths_B = self.ids_BT[rows], self.lengths_B[rows]
 
-    def put(self, rows: Tensor, source: "Read") -> None:
+    def put(self, rows: Tensor, source: "TokenCache") -> None:
         n = min(self.ids_BT.shape[1], source.ids_BT.shape[1])
         self.ids_BT[rows, :n] = source.ids_BT[:, :n]
         self.lengths_B[rows] = source.lengths_B
@@ -60,7 +60,7 @@ class Foreign(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
-        cache: Read | None = None,
+        cache: TokenCache | None = None,
     ) -> Tensor:
         """Hidden states (B, T, D) after the final norm. No packed documents; with a cache, positions follow it."""
         assert documents_BT is None
@@ -75,8 +75,8 @@ class Foreign(nn.Module):
         whole_BTD = self.hidden(cache.ids_BT[:, : int(at_BT.max()) + 1])
         return whole_BTD.gather(1, at_BT[..., None].expand(-1, -1, whole_BTD.shape[-1]))
 
-    def new_cache(self, rows: int, length: int) -> Read:
-        return Read(rows, length, self.head.device)
+    def new_cache(self, rows: int, length: int) -> TokenCache:
+        return TokenCache(rows, length, self.head.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = linear(hidden, self.head, self.inner.get_output_embeddings().bias) * self.scale

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -65,7 +66,7 @@ def render(run: Run) -> str:
         run=run,
         roles={stage.name: ROLES.get(stage.kind, stage.kind) for stage in run.stages},
         planted=PLANTED,
-        shown_path=run.directory.name if run.directory.is_absolute() else run.directory,
+        shown_path=_shown(run.directory),
         hidden=[f for f in run.all("facts_hidden") if f.group == "base_only" and f.value is not None][:1],
         rail=rail(run),
         every=every(run),
@@ -227,3 +228,10 @@ def _contents(run: Run, parts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("limits", "What it cannot say", True),
     )
     return [(name, title) for name, title, there in titles if there]
+
+
+def _shown(directory: Path) -> str:
+    """How a command on this page names the run: from where it was written, and without the writer's folders, as
+    the page may be sent to others."""
+    path = Path(os.path.relpath(directory))
+    return directory.resolve().name if path.parts[:1] == ("..",) else str(path)
