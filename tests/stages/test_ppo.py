@@ -29,6 +29,7 @@ from unmask.stages.rollouts import (
     Source,
     actions,
     answered,
+    log_probs,
     score_spread,
 )
 from unmask.training import loop
@@ -296,6 +297,37 @@ def test_a_rollout_is_a_pure_function_of_weights_index_and_seed() -> None:
     assert a.rollout == b.rollout
     assert torch.equal(a.advantages_BA, b.advantages_BA)
     assert a.rollout.answers != first.collect(0).rollout.answers
+
+
+def test_the_same_prompts_are_answered_and_shuffled_anew_in_another_rollout() -> None:
+    _, objective, _ = begin()
+    objective.prompts = Prompts([Source("one", [PROMPTS[1]], 1.0)], room=40, seed=1)
+    first, second = objective.collect(0), objective.collect(1)
+    assert first.rollout.prompts == second.rollout.prompts
+    assert first.rollout.answers != second.rollout.answers
+    shuffled = [
+        [sorted(row for micro in part for row in micro) for part in objective._parts(i, 0, first.rollout)]
+        for i in (0, 1)
+    ]
+    assert shuffled[0] != shuffled[1]
+
+
+def test_what_is_logged_of_a_step_is_computed_from_the_ratios_by_hand() -> None:
+    """k3 of the old policy to the new one, E_old[r − 1 − ln r], and the share of |r − 1| above the clip."""
+    model, objective, _ = begin(micro_tokens=10_000, minibatches=1, ratio_clip=0.1)
+    [batch] = objective.micro_batches(0)
+    assert not isinstance(batch, Tensor)
+    with torch.no_grad():
+        for parameter in model.policy.parameters():
+            parameter += 0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    _, numbers = objective.loss(batch, objective.counts(batch))
+    log_ratio = (log_probs(model.policy, batch.actions) - batch.log_probs_N).detach()
+    ratio = log_ratio.exp()
+    far = ((ratio - 1).abs() > 0.1).float().mean()
+    assert 0 < far < 1
+    assert float(numbers["clip_fraction"]) == pytest.approx(float(far))
+    assert float(numbers["kl_old_new"]) == pytest.approx(float((ratio - 1 - log_ratio).mean()), rel=1e-4)
+    assert float(numbers["ratio_distance"]) == pytest.approx(float((ratio - 1).abs().mean()), rel=1e-4)
 
 
 def test_training_that_was_stopped_and_resumed_equals_an_unbroken_one_bit_for_bit(

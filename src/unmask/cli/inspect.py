@@ -123,8 +123,8 @@ def _print_log(rows: list[dict[str, Any]], problems: list[str]) -> None:
         if "tokens" in row:
             data = ", ".join(f"{label} {digest[:8]}" for label, digest in row["data"].items())
             out.print(
-                f"  {row['tokens']:,} tokens · {row['steps']:,} steps · {duration(row['seconds'])}"
-                f" · {row['peak_bytes'] / 1e9:.1f} GB · {headline}"
+                f"  {row['tokens']:,} tokens read · {row['steps']:,} steps · {duration(row['seconds'])}"
+                f" · {row['peak_bytes'] / 1e9:.1f} GB · {headline} in training"
             )
             out.print(f"  data: {escape(data)}", soft_wrap=True)
         for role, digest in row.get("inputs", {}).items():

@@ -40,7 +40,7 @@ def doctor(
 
     out = console()
     out.print(f"unmask {unmask.__version__} · Python {platform.python_version()} · {platform.platform()}")
-    out.print(f"cores {os.cpu_count()} · {parallel.describe()}")
+    out.print(f"cores {os.cpu_count()} · used {parallel.describe()}")
     if measure:
         dtype = parallel.compute_dtype(parallel.pick_device(None))
         rate = parallel.matmul_rate(dtype)

@@ -99,6 +99,8 @@ class Checkpoint:
 
 
 def _no_checkpoint(path: Path) -> str:
+    if path.is_file():
+        return f"{path} is a file. Give the directory of a checkpoint, as runs/tiny/rl."
     if not path.is_dir():
         hint = (
             f" To fetch it from the Hub: hf download {path} --local-dir DIRECTORY." if _hub_id(path) else ""

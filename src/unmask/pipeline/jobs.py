@@ -1,5 +1,6 @@
 """What each kind of stage needs to be trained: its data as tokens, its model, objective and optimizer."""
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -233,7 +234,7 @@ def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint, gold: Che
     )
 
     def finish(outcome: Outcome) -> tuple[Decoder, dict[str, Any]]:
-        kept = ("reward", "kl_child_parent", "stop_rate", "answer_tokens", "explained_variance")
+        kept = ("kl_child_parent", "reward", "stop_rate", "answer_tokens", "explained_variance")
         return model.policy, means(outcome, *kept) | {"score_spread": objective.spread}
 
     settings = loop_settings(section, objective, recipe.seed)
@@ -271,7 +272,7 @@ def ppo_settings(section: RlSection) -> ppo.PPOSettings:
         rollouts=rollouts,
         answers=section.answers,
         answer_tokens=section.answer_tokens,
-        critic_rollouts=int(section.critic_warmup * rollouts),
+        critic_rollouts=min(math.ceil(section.critic_warmup * rollouts), rollouts - 1),
         epochs=section.epochs,
         minibatches=section.minibatches,
         micro_tokens=section.micro_tokens,

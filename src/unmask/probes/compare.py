@@ -25,9 +25,8 @@ class Texts(NamedTuple):
 
 def texts_beside(models: Sequence[Path], prompts: Path | None, text: Path | None) -> Texts:
     """From the files named, or else from the run that the models lie in (prompts.jsonl and heldout.jsonl)."""
-    runs = [
-        place for model in models for place in (model, model.parent) if (place / "heldout.jsonl").is_file()
-    ]
+    places = [place for model in models for place in (model, model.resolve().parent)]
+    runs = [place for place in places if (place / "heldout.jsonl").is_file()]
     if not runs and (prompts is None or text is None):
         raise UserError(
             f"{models[0]} does not lie in a run, which would have prompts and held-out text beside it: "

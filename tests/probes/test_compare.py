@@ -1,0 +1,35 @@
+"""Which texts a comparison is read on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from unmask.errors import UserError
+from unmask.probes.compare import texts_beside
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "rl").mkdir()
+    messages = [{"role": "user", "content": "Hello"}]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    (tmp_path / "heldout.jsonl").write_text(json.dumps({"source": "a", "text": "held out"}) + "\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("here", "named"), [("rl", "."), (".", "rl"), (".", "."), ("rl", ".."), ("rl", "../rl")]
+)
+def test_the_texts_of_a_run_are_found_from_wherever_its_checkpoints_are_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch, here: str, named: str
+) -> None:
+    monkeypatch.chdir(run / here)
+    texts = texts_beside([Path(named)], None, None)
+    assert [document.text for document in texts.documents] == ["held out"]
+    assert len(texts.prompts) == 1
+
+
+def test_outside_a_run_both_files_are_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--prompts FILE .* --text FILE"):
+        texts_beside([tmp_path], None, None)
