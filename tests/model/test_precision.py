@@ -51,7 +51,7 @@ def test_memory_does_not_grow_with_the_number_of_shapes_that_were_multiplied() -
     program = """
 from pathlib import Path
 import torch
-from unmask.model.precision import linear, processor_has_bfloat16
+from unmask.model.precision import linear
 weight = torch.randn(768, 256, dtype=torch.bfloat16, requires_grad=True)
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -110,8 +110,15 @@ def test_constant_rewards_and_empty_answers_are_said_and_healthy_rollouts_are_no
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_reward_that_is_not_a_number_stops_training_with_a_reason(broken: float) -> None:
     rollout = Rollout([[5], [6]], [answer([8, STOP]), answer([9, STOP])])
-    with pytest.raises(UserError, match="1 of 2 whole answers is not a finite number"):
+    with pytest.raises(UserError, match="1 of 2 answers is not a finite number"):
         check(rollout, torch.tensor([0.1, broken]))
+
+
+def test_only_nan_says_of_a_cut_answer_that_the_judge_has_no_opinion() -> None:
+    rollout = Rollout([[5], [6]], [answer([8, STOP]), answer([9, 9])])
+    assert check(rollout, torch.tensor([0.1, torch.nan])) == {}
+    with pytest.raises(UserError, match="1 of 2 answers is not a finite number"):
+        check(rollout, torch.tensor([0.1, torch.inf]))
 
 
 def test_prompts_are_drawn_in_shares_as_a_pure_function_of_the_rollout() -> None:

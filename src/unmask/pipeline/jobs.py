@@ -234,6 +234,7 @@ def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint, gold: Che
     )
 
     def finish(outcome: Outcome) -> tuple[Decoder, dict[str, Any]]:
+        # The first is the headline: a mean of the reward, over prompts that differ, says little by itself.
         kept = ("kl_child_parent", "reward", "stop_rate", "answer_tokens", "explained_variance")
         return model.policy, means(outcome, *kept) | {"score_spread": objective.spread}
 

@@ -339,9 +339,10 @@ def stage(
         frozen.requires_grad_(False).to(dtype)
     room = sft.config.max_position_embeddings - settings.answer_tokens
     asked = Prompts(prompts, room=room, seed=seed)
+    judge = RewardModel(reward, settings.micro_tokens)
     spread = score_spread(
         sft,
-        RewardModel(reward, settings.micro_tokens),
+        judge,
         asked.draw(0, 2 * settings.answers),
         answer_tokens=settings.answer_tokens,
         stop_ids=stop_ids,
@@ -360,7 +361,7 @@ def stage(
     objective = PPO(
         model,
         sft,
-        RewardModel(reward, settings.micro_tokens),
+        judge,
         asked,
         settings,
         stop_ids=stop_ids,

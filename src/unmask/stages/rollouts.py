@@ -145,14 +145,16 @@ def score_spread(
 def check(rollout: Rollout, scores_B: Tensor) -> dict[str, str]:
     """What is wrong with a rollout from which little can be learned: kind → sentence, empty if all is well.
 
-    Raises UserError for scores of whole answers that are not numbers: from those everything can be lost.
+    Raises UserError for scores that are not numbers: from those everything can be lost. NaN for an answer that
+    was cut is none: the judge has no opinion of it.
     """
     n = len(scores_B)
     whole = [i for i, answer in enumerate(rollout.answers) if answer.finished]
-    broken = int((~scores_B[whole].isfinite()).sum())
+    unjudged_B = scores_B.isnan() & torch.tensor([not answer.finished for answer in rollout.answers])
+    broken = int((~(scores_B.isfinite() | unjudged_B)).sum())
     if broken:
         raise UserError(
-            f"the reward of {broken} of {len(whole)} whole answers is not a finite number: the reward model's training "
+            f"the reward of {broken} of {n} answers is not a finite number: the reward model's training "
             "diverged, or its weights are damaged. Redo it (`--from reward`), with a lower reward.lr."
         )
     found = {}
