@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unmask.model.attention import attention
+from unmask.model.attention import AttentionByProducts, attention
 from unmask.model.config import ModelConfig
 from unmask.model.decoder import rotary_frequencies
-from unmask.model.kernels import rms_norm, rotate
+from unmask.model.kernels import apply, rms_norm, rotate
 
 
 @pytest.mark.parametrize("shape", [(7, 24), (2, 5, 3, 8)])
@@ -68,7 +68,29 @@ def test_one_query_gives_the_same_as_a_row_of_many() -> None:
     torch.testing.assert_close(attention(q[:, :, -1:], k, v), attention(q, k, v, causal=True)[:, :, -1:])
 
 
-def test_attention_in_bfloat16_is_float32_attention_rounded_once() -> None:
+def test_attention_in_bfloat16_is_float32_attention_rounded() -> None:
     q, k, v = (torch.randn(2, 2, 6, 8).bfloat16() for _ in range(3))
     exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
     torch.testing.assert_close(attention(q, k, v, causal=True).float(), exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("masked", ["causal", "mask", "neither"])
+def test_attention_by_products_has_the_gradient_of_its_definition(masked: str) -> None:
+    """Where a processor has no bfloat16 instructions `attention` takes another way, so it is called directly."""
+    q, k, v = (torch.randn(3, 4, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    everything = torch.ones(3, 1, 5, 5, dtype=torch.bool)
+    drawn = torch.rand(3, 1, 5, 5) < 0.6
+    drawn[..., 0] = True
+    mask = {"causal": torch.ones(5, 5, dtype=torch.bool).tril(), "mask": drawn, "neither": None}[masked]
+    y = apply(AttentionByProducts, q.transpose(1, 2).contiguous().transpose(1, 2), k, v, mask)
+    expected = plain_attention(q, k, v, everything if mask is None else mask)
+    torch.testing.assert_close(y, expected)
+    weight = torch.randn_like(y)
+    found, wanted = (torch.autograd.grad((each * weight).sum(), (q, k, v)) for each in (y, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_attention_in_bfloat16_is_the_same_with_and_without_gradients() -> None:
+    q, k, v = (torch.randn(2, 2, 6, 8).bfloat16() for _ in range(3))
+    learning = attention(q.clone().requires_grad_(), k, v, causal=True)
+    assert torch.equal(attention(q, k, v, causal=True), learning)

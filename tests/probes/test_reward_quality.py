@@ -221,3 +221,14 @@ def test_a_judge_that_is_always_right_gets_the_binomial_bound_of_so_many_pairs()
     pairs = [Compared([], [], f"a{i}", f"b{i}") for i in range(20)]
     found = Redraw(pairs, 0).estimate(np.ones(20), share=True)
     assert found.ci95 == pytest.approx((0.025 ** (1 / 20), 1.0))
+
+
+def test_each_text_is_read_once_though_many_pairs_and_groups_hold_it(judge, pairs, found, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        module, "judged", lambda judge, texts, **keys: read.extend(texts) or judged(judge, texts, **keys)
+    )
+    again = reward_quality(judge, {"all": [*pairs, *pairs], "same": pairs}, None, floor_limit=1)
+    distinct = {tuple(through_stop(render(judge.tokenizer, side))) for p in pairs for side in p[:2]}
+    assert len(read) == len(distinct) + 2  # the floor reads one pair again, in bfloat16
+    assert pick(again, "reward_margin").value == pytest.approx(pick(found, "reward_margin").value)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from unmask.errors import UserError
-from unmask.text import demo
+from unmask.text import demo, rated
 from unmask.text.sources import read_texts
 
 
@@ -23,10 +23,10 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / name / "__init__.py").write_text("raise ImportError('this package must not be imported')")
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
-    demo._chats.cache_clear()
+    rated.installed_conversations.cache_clear()
     demo._factbook_prose.cache_clear()
     yield tmp_path
-    demo._chats.cache_clear()
+    rated.installed_conversations.cache_clear()
     demo._factbook_prose.cache_clear()
 
 
@@ -91,7 +91,7 @@ def test_a_package_that_is_not_installed_is_an_error_with_the_line_that_installs
     spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("unmask.text.packages.find_spec", lambda name: None)
-    demo._chats.cache_clear()
+    rated.installed_conversations.cache_clear()
     demo._factbook_prose.cache_clear()
     with pytest.raises(UserError, match=r"pip install 'unmask\[demo\]'"):
         list(read_texts(spec))

@@ -22,7 +22,7 @@ from unmask.errors import UserError
 from unmask.generation.sampling import check_settings, sample, uniforms
 from unmask.model.foreign import LanguageModel
 
-PREFILL_TOKENS = 16_384  # prompts are read in groups of at most this many tokens, padding included
+PREFILL_TOKENS = 2_048  # prompts are read in groups of at most this many tokens, padding included
 FREE_SHARE = (
     4  # a group waits until one row in this many is free: a pass for one prompt costs as much as a step
 )

