@@ -109,6 +109,17 @@ def test_the_samplers_log_probabilities_are_compared_with_the_trainers() -> None
     assert 0 <= numbers["sampler_gap_mean"] <= numbers["sampler_gap_max"] < 1e-4
 
 
+def test_a_sampler_that_draws_from_another_distribution_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    _, objective, _ = begin(say=said.append)
+    objective.collect(0)
+    assert not said
+    other = decoder(3)
+    monkeypatch.setattr(ppo, "answered", lambda policy, prompts, **keys: answered(other, prompts, **keys))
+    objective.collect(0)
+    assert any("nats from those trained on" in line for line in said)
+
+
 def test_values_are_read_before_each_action_and_less_the_reward_models_offset() -> None:
     """Three actions after a prompt of two: a critic that says its position must give 1, 2, 3."""
     _, objective, _ = begin()

@@ -37,6 +37,7 @@ from unmask.training.optimizer import Optimizer, OptimizerSettings
 ADAM_EPS = (
     1e-5  # Huang et al. (arXiv 2403.17031): what InstructGPT's ancestors used, and stabler here than 1e-8
 )
+SAMPLER_GAP = 0.05  # nats a token in the mean: rounding to bfloat16 gives a tenth of it
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ class PPO:
             rows=settings.rows,
         )
         given_B = self.reward(rollout)
-        self._report(index, check(rollout, given_B))
+        troubles = check(rollout, given_B)
 
         device = self.model.policy.head.device
         lengths_B = torch.tensor([len(answer.ids) for answer in rollout.answers], device=device)
@@ -255,6 +256,11 @@ class PPO:
             gamma=settings.gamma,
             lam=settings.gae_lambda,
         )
+        if (gap := found.numbers["sampler_gap_mean"]) > SAMPLER_GAP:
+            troubles["sampler"] = (
+                f"answers are drawn with log-probabilities that lie {gap:.2g} nats from those trained on, in the mean"
+            )
+        self._report(index, troubles)
         if self.gold is not None:
             found.numbers["gold"] = self._gold(rollout)
         return found
