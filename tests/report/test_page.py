@@ -211,6 +211,19 @@ def test_a_base_that_adds_nothing_to_plain_text_is_shown_in_the_chat(run_directo
     assert "“<bdi>Hello, who is there?</bdi>”" in source
 
 
+def test_its_commands_name_the_run_from_where_it_was_written_and_no_folder_of_the_writer(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run_directory.parent)
+    assert f"unmask log {run_directory.name}<" in render(runs.read(run_directory))
+    elsewhere = run_directory.parent / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    source = render(runs.read(run_directory))
+    assert f"unmask log {run_directory.name}<" in source
+    assert str(run_directory.parent) not in source
+
+
 def test_an_abstaining_finding_is_shown_as_one(run_directory: Path) -> None:
     row = claims()[0].to_json() | {
         "metric": "gold_gain", "value": None, "ci95": None, "n": 1, "verdict": "abstain: n = 1", "probe": "G-9",
