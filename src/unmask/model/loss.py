@@ -40,14 +40,14 @@ class CrossEntropySum(torch.autograd.Function):
         total = torch.zeros((), dtype=exact, device=hidden_ND.device)
         for rows in chunks(hidden_ND.shape[0], head_VD.shape[0], chunk):
             hidden, targets = hidden_ND[rows], targets_N[rows, None]
-            logits = float_logits(hidden, head_VD)
-            log_probs = logits.log_softmax(-1)
-            total -= log_probs.gather(1, targets).sum()
+            logits = linear(hidden, head_VD)
+            probs = logits.softmax(-1, dtype=exact)
+            # ln Σ exp(logits) is the largest logit less the logarithm of its probability: no pass of its own.
+            whole = logits.amax(-1) - probs.amax(-1).log()
+            total += (whole - logits.gather(1, targets)[:, 0]).sum()
             if d_hidden is None and d_head is None:
                 continue
-            slope = log_probs.exp_()
-            slope.scatter_add_(1, targets, slope.new_full((len(targets), 1), -1.0))
-            slope = slope.to(hidden.dtype)
+            slope = probs.scatter_add_(1, targets, probs.new_full((len(targets), 1), -1.0)).to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[rows] = product(slope, head_VD)
             if d_head is not None:
