@@ -146,7 +146,7 @@ class MeasureSection(Section):
     facts_per_group: int = Field(default=150, ge=10)
     heldout_bytes: int = Field(default=60_000, ge=1_000)  # a source
     pairs: int = Field(default=400, ge=20)
-    prompts: int = Field(default=128, ge=8)
+    prompts: int = Field(default=256, ge=8)
     answer_tokens: int = Field(default=96, ge=1)  # at most; longer than RL's, so that few answers are cut
     floor_prompts: int = Field(default=24, ge=1)
     questions: tuple[str, ...] = ("Hello! How are you today?",)

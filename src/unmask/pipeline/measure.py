@@ -44,6 +44,10 @@ CLAIMS = {
     "kl_child_parent", "relative_weight_change",
 }  # fmt: skip
 
+KL_PROMPTS = (
+    128  # of the prompts: a mean over every token of their answers needs fewer than one score an answer
+)
+
 
 class Measured(NamedTuple):
     findings: list[Finding]
@@ -91,7 +95,7 @@ def measure(
     )  # fmt: skip
     say("how far each layer moved")
     findings += divergence(
-        layers, prompts, prepared.heldout, max_new_tokens=amount.answer_tokens, limit=amount.prompts,
+        layers, prompts, prepared.heldout, max_new_tokens=amount.answer_tokens, limit=KL_PROMPTS,
         floor_limit=amount.floor_prompts, seed=seed,
     )  # fmt: skip
     say("blame")
