@@ -34,8 +34,8 @@ class Progress:
         self._console = Console(stderr=True, highlight=False, quiet=quiet)
 
     def line(self, text: str) -> None:
-        """Print one line (rich markup), above a bar if one is running."""
-        self._console.print(text, soft_wrap=not self._console.is_terminal)  # a log is not to be broken
+        """Print one line of plain text, above a bar if one is running."""
+        self._console.print(Text(text), soft_wrap=not self._console.is_terminal)  # a log is not to be broken
 
     @contextmanager
     def bar(self, title: str, total: int, unit: str = "tok", done: int = 0) -> Iterator["Bar"]:

@@ -39,6 +39,11 @@ class Source(Section):
     heldout: float | None = Field(default=None, ge=0, lt=1)
 
     @property
+    def place(self) -> str:
+        """The path however it was spelled: one file is one source, and what is held out of it is so everywhere."""
+        return str(Path(self.path).resolve()) if Path(self.path).exists() else self.path
+
+    @property
     def name(self) -> str:
         """The label, or the end of the path where none was given."""
         return (
@@ -188,12 +193,22 @@ class Recipe(Section):
             part = getattr(self, section)
             for source in (part.source,) if section == "reward" else part.sources:
                 share = self.heldout if source.heldout is None else source.heldout
-                known, where = shares.setdefault(source.path, (share, section))
+                known, where = shares.setdefault(source.place, (share, section))
                 if share != known and source.path != "facts":
                     raise ValueError(
                         f"{source.path!r} is held out by {known} in [{where}] and by {share} in [{section}]: give "
                         "it one heldout everywhere, or a layer is trained on what another is measured on"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def rl_can_step(self) -> "Recipe":
+        if self.rl.lr == 0:
+            raise ValueError("rl.lr must be above 0: the critic's rate is a multiple of it")
+        if self.rl.minibatches > self.rl.answers:
+            raise ValueError(
+                f"rl.minibatches is {self.rl.minibatches}, for only {self.rl.answers} rl.answers"
+            )
         return self
 
     @model_validator(mode="after")

@@ -123,10 +123,13 @@ def tip_of_run(path: Path) -> Path | None:
     if (path / weights.CONFIG).exists():
         return None
     found = [Checkpoint.open(file.parent) for file in sorted(path.glob(f"*/{records.FILE}"))]
-    parents = {c.record.parent.hash for c in found if c.record is not None and c.record.parent is not None}
-    models = [c for c in found if c.is_language_model and c.hash not in parents]
+    models = [
+        c for c in found if c.is_language_model
+    ]  # a run under way has scorers that descend from its tip
+    parents = {c.record.parent.hash for c in models if c.record is not None and c.record.parent is not None}
     # Of a model and its copies, the one in the directory of its name.
-    tips = {c.hash: c.path for c in sorted(models, key=lambda c: c.path.name == c.name)}
+    named = sorted(models, key=lambda c: c.path.name == c.name)
+    tips = {c.hash: c.path for c in named if c.hash not in parents}
     return next(iter(tips.values())) if len(tips) == 1 else None
 
 

@@ -137,7 +137,13 @@ class Builder:
             return record.recipe if record else {}
         work = self.directory / "work" / name / "recipe.json"
         if work.exists():
-            begun: dict[str, Any] = json.loads(work.read_text("utf-8"))
+            try:
+                begun: dict[str, Any] = json.loads(work.read_bytes())
+            except ValueError:
+                raise UserError(
+                    f"{work} is damaged, so what this stage was begun with is not known. Build it anew with "
+                    f"--from {_stage_of(name)} (nothing is deleted)."
+                ) from None
             return begun
         return None
 

@@ -62,12 +62,13 @@ def _preferences(recipe: Recipe, prepared: Prepared) -> None:
     name = recipe.reward.source.name
     halves: tuple[examples.Half, ...] = ("proxy", "gold") if recipe.reward.gold else ("proxy",)
     for half in halves:
-        found, _ = examples.rankings(recipe, half)
+        found, dropped = examples.rankings(recipe, half)
         kept, _ = reward.tokenize(found[:100], prepared.tokenizer, recipe.context)
         if not kept:
+            why = "".join(f" Left out: {count:,} {what}." for what, count in dropped.items() if count)
             raise UserError(
                 f"source {name!r} of [reward] has no two texts to compare within a context of {recipe.context} "
-                f"for its {half} half."
+                f"for its {half} half.{why}"
             )
     pairs = examples.comparisons(recipe, "held_out", recipe.measure.pairs)
     fitting = sum(

@@ -169,7 +169,11 @@ def stands(directory: Path, recipe: Recipe, built: Built) -> bool:
 
 
 def _by(recipe: Recipe) -> dict[str, Any]:
-    return {"version": metadata.version("unmask"), "measure": recipe.measure.model_dump(mode="json")}
+    return {
+        "version": metadata.version("unmask"),
+        "seed": recipe.seed,
+        "measure": recipe.measure.model_dump(mode="json"),
+    }
 
 
 def write(

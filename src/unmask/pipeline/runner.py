@@ -38,7 +38,8 @@ def run(
     directory = Path("runs") / recipe.name if output is None else output
     parallel.keep_large_blocks()
     with lock(directory):
-        sweep_temporaries(directory)
+        for place in (directory, directory / "data"):
+            sweep_temporaries(place)
         builder = Builder(recipe, directory, parallel.pick_device(device), progress, restart_from)
         builder.refuse_another_recipe()
         progress.line(show.opening(recipe, builder.device, plan(builder)))

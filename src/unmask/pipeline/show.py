@@ -24,7 +24,7 @@ def opening(recipe: Recipe, device: torch.device, plan: Plan) -> str:
     parts = ", ".join(f"{duration(seconds)} {name}" for name, seconds in plan.seconds.items())
     time = f"about {duration(plan.total)} once the text is prepared ({parts})" if parts else "all is there"
     return (
-        f"[bold]unmask[/bold] · recipe {recipe.name} · depth {recipe.depth} · "
+        f"unmask · recipe {recipe.name} · depth {recipe.depth} · "
         f"{plan.parameters / 1e6:.1f} M parameters · {parallel.describe(device)} · {time}"
     )
 

@@ -1,5 +1,6 @@
 """What `unmask diff` measures on any models of one vocabulary, and the text that it measures on."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,14 +18,17 @@ from unmask.text.sources import Document, read_rows, read_texts
 
 
 class Texts(NamedTuple):
-    """Conversations to answer, and held-out documents."""
+    """Conversations to answer, and held-out documents, of which `limit_bytes` a source are read, drawn by `seed`."""
 
     prompts: list[list[Message]]
     documents: list[Document]
+    limit_bytes: int = 60_000
+    seed: int = 0
 
 
 def texts_beside(models: Sequence[Path], prompts: Path | None, text: Path | None) -> Texts:
-    """From the files named, or else from the run that the models lie in (prompts.jsonl and heldout.jsonl)."""
+    """From the files named, or else from the run that the models lie in (prompts.jsonl and heldout.jsonl, as much of
+    it as the run was measured on, so that bits a byte are those of its page)."""
     places = [place for model in models for place in (model, model.resolve().parent)]
     runs = [place for place in places if (place / "heldout.jsonl").is_file()]
     if not runs and (prompts is None or text is None):
@@ -39,9 +43,18 @@ def texts_beside(models: Sequence[Path], prompts: Path | None, text: Path | None
     if text is None:
         rows = read_json_lines(runs[0] / "heldout.jsonl")
         documents = [Document(row["text"], row["source"]) for row in rows]
-    else:
-        documents = [Document(each, text.stem) for each in read_texts(str(text))]
-    return Texts(conversations, documents)
+        return Texts(conversations, documents, *_measured(runs[0]))
+    return Texts(conversations, [Document(each, text.stem) for each in read_texts(str(text))])
+
+
+def _measured(run: Path) -> tuple[int, int]:
+    """How many bytes of a source the run was measured on, and the seed that drew them; what Texts has where it does not
+    say."""
+    try:
+        by = json.loads((run / "summary.json").read_bytes())["measured_by"]
+        return int(by["measure"]["heldout_bytes"]), int(by["seed"])
+    except (OSError, ValueError, KeyError, TypeError):  # under way, damaged, or of an older version
+        return Texts([], [])[2:]
 
 
 def compare(
@@ -49,7 +62,6 @@ def compare(
     texts: Texts,
     *,
     limit: int = 64,
-    seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> list[Finding]:
     """Weights, divergence on answers and on held-out text, and bits per byte, for each layer beside the
@@ -70,8 +82,10 @@ def compare(
             f"{new_tokens} tokens in a context of {context}"
         )
     return [
-        *divergence(layers, fitting, texts.documents, max_new_tokens=new_tokens, limit=limit, seed=seed),
-        *compression(layers, texts.documents, limit_bytes=50_000, seed=seed),
+        *divergence(
+            layers, fitting, texts.documents, max_new_tokens=new_tokens, limit=limit, seed=texts.seed
+        ),
+        *compression(layers, texts.documents, limit_bytes=texts.limit_bytes, seed=texts.seed),
         *weights_change(layers),
     ]
 

@@ -70,8 +70,13 @@ def prepare(recipe: Recipe, directory: Path, progress: Progress) -> Prepared:
             _make(recipe, temporary, progress)
             done = {"seconds": time.monotonic() - started, "decided by": decided}
             (temporary / "prepared.json").write_text(json.dumps(done, indent=2) + "\n", "utf-8")
-    seconds = json.loads((place / "prepared.json").read_text("utf-8"))["seconds"]
-    return Prepared(place, _read_facts(place / "facts.json"), seconds)
+    try:
+        seconds = float(json.loads((place / "prepared.json").read_bytes())["seconds"])
+        return Prepared(place, _read_facts(place / "facts.json"), seconds)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{place} is damaged ({type(error).__name__}). Delete this folder: the same command makes it again."
+        ) from error
 
 
 def documents(source: Source, recipe: Recipe, *, held: bool, dropped: Dropped | None = None) -> Iterator[str]:

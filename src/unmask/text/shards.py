@@ -123,7 +123,7 @@ def build(directory: Path, documents: Iterable[str], tokenizer: Tokenizer) -> Sh
     return Shards.open(directory)
 
 
-_MEND = "Delete this folder and prepare the data again."
+_MEND = "Delete the prepared data that it belongs to (in a run: the folder in data/) and prepare it again."
 
 
 def _together(documents: Iterable[str]) -> Iterator[list[str]]:
