@@ -1,0 +1,129 @@
+"""Which text, judge and rate reach which stage and probe: a mix-up would falsify figures and show nowhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unmask import recipe as recipes
+from unmask.lineage import Checkpoint
+from unmask.pipeline import jobs, measure
+from unmask.pipeline.build import Builder, Built
+from unmask.pipeline.jobs import Place
+from unmask.probes.reward_quality import text_of
+from unmask.progress import Progress
+from unmask.recipe import Recipe
+from unmask.stages import ppo, reward
+from unmask.text import rated
+from unmask.text.chat import render
+
+CPU, QUIET = torch.device("cpu"), Progress(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def place(run: Path) -> Place:
+    recipe = recipes.resolve(recipes.load(run / "recipe.toml"))
+    return Place(recipe, Builder(recipe, run, CPU, QUIET).prepare(), CPU, QUIET)
+
+
+@pytest.fixture(scope="module")
+def built(run: Path, place: Place) -> Built:
+    return Builder(place.recipe, run, CPU, QUIET).build(place.prepared)
+
+
+def halves(recipe: Recipe) -> dict[str, str]:
+    """The half that each window of the rated conversations belongs to, by its words."""
+    share = recipe.reward.source.heldout
+    assert share is not None
+    return {
+        text_of(window): rated.split(talk, share)
+        for talk in rated.installed_conversations()
+        for window in rated.windows(talk, recipe.reward.window_turns)
+    }
+
+
+def altered(place: Place, **section: Any) -> Place:
+    rl = place.recipe.rl.model_copy(update=section)
+    return Place(place.recipe.model_copy(update={"rl": rl}), place.prepared, CPU, QUIET)
+
+
+def test_every_probe_gets_its_own_layers_judges_and_text(
+    place: Place, built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+    probes = ("compression", "weights_change", "planted_facts", "blame_truth", "reward_quality", "rl_effect")
+    for name in (*probes, "divergence", "blame"):
+
+        def record(*arguments: Any, name: str = name, **keys: Any) -> list[Any]:
+            calls.append((name, arguments, keys))
+            return []
+
+        monkeypatch.setattr(measure, name, record)
+    measure.measure(place.recipe, place.prepared, built, CPU, QUIET)
+    of = {
+        name: [arguments for called, arguments, _ in calls if called == name]
+        for name in {c[0] for c in calls}
+    }
+
+    for name in ("compression", "weights_change", "planted_facts", "divergence"):
+        assert [layer.name for layer in of[name][0][0]] == ["base", "sft", "rl"], name
+    assert [layer.name for layer in of["blame_truth"][0][:2]] == ["base", "sft"]
+    [(parent, child, prompts, proxy, gold)] = of["rl_effect"]
+    assert [each.name for each in (parent, child, proxy, gold)] == ["sft", "rl", "reward", "gold"]
+    assert len(prompts) == place.recipe.measure.prompts
+
+    half_of = halves(place.recipe)
+    assert [judge.name for judge, _, _ in of["reward_quality"]] == ["reward", "gold"]
+    for (_, pairs, train), half in zip(of["reward_quality"], ("proxy", "gold"), strict=True):
+        assert {half_of[text] for text, _ in train} == {half}
+        sides = [text_of(side) for group in pairs.values() for pair in group for side in pair[:2]]
+        assert {half_of[side] for side in sides} == {"held_out"}
+        for pair in pairs["equal_length"]:
+            shorter, longer = sorted(sum(len(m["content"]) for m in side) for side in pair[:2])
+            assert longer - shorter <= 0.1 * longer
+        assert len(pairs["all"]) == place.recipe.measure.pairs
+
+
+@pytest.mark.parametrize("half", ["proxy", "gold"])
+def test_a_scorer_learns_from_its_own_half_of_the_conversations(
+    place: Place, built: Built, half: Any
+) -> None:
+    tokenizer, share = place.prepared.tokenizer, place.recipe.reward.source.heldout
+    assert share is not None
+    own = {
+        tuple(reward.through_stop(render(tokenizer, window)))
+        for talk in rated.installed_conversations()
+        if rated.split(talk, share) == half
+        for window in rated.windows(talk, place.recipe.reward.window_turns)
+    }
+    job = jobs.preference(place, built.sft, half)
+    objective = job.objective
+    assert isinstance(objective, reward.Preference)
+    assert {tuple(text) for ranking in objective.rankings for text in ranking.texts} <= own
+
+
+def test_rates_warm_up_and_raw_text_of_the_recipe_reach_ppo(place: Place, built: Built) -> None:
+    changed = altered(place, lr=1e-4, critic_lr=3e-4, warmup=0.25, decay=0.5, ptx=0.5)
+    job = jobs.reinforcement(changed, built.sft, built.reward, built.gold)
+    scales = job.optimizer.scales
+    assert {scale for name, scale in scales.items() if name.startswith("policy.")} == {1.0}
+    assert {round(scale, 6) for name, scale in scales.items() if name.startswith("critic.")} == {3.0}
+    assert job.optimizer.settings.lr == 1e-4
+    total = job.objective.steps * job.objective.tokens_per_step
+    assert (job.settings.warmup_tokens, job.settings.decay_tokens) == (0.25 * total, 0.5 * total)
+    assert isinstance(job.objective, ppo.PPO)
+    assert job.objective.text is not None
+    plain = jobs.reinforcement(place, built.sft, built.reward, None).objective
+    assert isinstance(plain, ppo.PPO)
+    assert plain.text is None
+
+
+def test_the_time_of_a_run_is_that_of_all_its_parts(run: Path, built: Built) -> None:
+    summary = json.loads((run / "summary.json").read_bytes())
+    records = [Checkpoint.open(stage.path).record for stage in built.all]
+    trained = sum(record.seconds for record in records if record is not None)
+    parts = trained + summary["prepare_seconds"] + summary["measure_seconds"]
+    assert summary["total_seconds"] == pytest.approx(parts)
+    assert parts > trained > 0
