@@ -3,7 +3,8 @@
 import pytest
 
 from unmask import recipe
-from unmask.pipeline.jobs import ppo_settings
+from unmask.pipeline.jobs import means, ppo_settings
+from unmask.training.loop import Outcome
 
 
 @pytest.mark.parametrize(
@@ -25,3 +26,8 @@ def test_the_shares_and_prices_of_tiny_reach_ppo() -> None:
     settings = ppo_settings(section)
     for name in ("kl", "truncation_penalty", "gamma", "gae_lambda", "ratio_clip", "value_clip", "ptx"):
         assert getattr(settings, name) == getattr(section, name)
+
+
+def test_a_metric_that_was_never_finite_is_left_out_and_stops_no_stage() -> None:
+    outcome = Outcome(1, 1, 1.0, 1, 0, {"kl_child_parent": {"last": 0.2, "mean": 0.1}}, "2026-01-01")
+    assert means(outcome, "kl_child_parent", "reward") == {"kl_child_parent": 0.1}

@@ -245,8 +245,9 @@ def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint, gold: Che
 
 
 def means(outcome: Outcome, *names: str) -> dict[str, Any]:
-    """Each metric's mean over the last tenth of the steps."""
-    return {name: outcome.metrics[name]["mean"] for name in names}
+    """Each metric's mean over the last tenth of the steps; those that had no finite value there are left out (the reward
+    where every answer was cut)."""
+    return {name: outcome.metrics[name]["mean"] for name in names if name in outcome.metrics}
 
 
 def loop_settings(section: Training | RlSection, objective: Objective, seed: int) -> loop.Settings:
