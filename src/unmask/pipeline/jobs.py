@@ -245,8 +245,8 @@ def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint, gold: Che
 
 
 def means(outcome: Outcome, *names: str) -> dict[str, Any]:
-    """Each metric's mean over the last tenth of the steps; those that had no finite value there are left out (the reward
-    where every answer was cut)."""
+    """Each metric's mean over the last tenth of the steps. What had no finite value there is left out, as the reward is
+    where every answer was cut."""
     return {name: outcome.metrics[name]["mean"] for name in names if name in outcome.metrics}
 
 
