@@ -83,6 +83,8 @@ def test_difference_names_the_first_key_that_differs() -> None:
     [
         ("rl.answer_tokens=256", "rl.answer_tokens is 256: of the context of 256 nothing is left"),
         ("measure.answer_tokens=300", "measure.answer_tokens is 300"),
+        ("rl.lr=0", "rl.lr must be above 0"),
+        ("rl.minibatches=65", "rl.minibatches is 65, for only 64 rl.answers"),
         ('sft.sources=[{path="a/x.jsonl"},{path="b/x.jsonl"}]', "two sources of .sft. are called 'x'"),
         ('sft.sources=[{path="x.jsonl",label="../../x"}]', "label"),
     ],
@@ -90,6 +92,19 @@ def test_difference_names_the_first_key_that_differs() -> None:
 def test_what_can_only_fail_after_hours_is_refused_before_the_first_step(override: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         recipe.load("tiny", [override])
+
+
+def test_a_file_is_one_source_however_its_path_is_spelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "chats.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    data = recipe.load("tiny").model_dump(mode="json")
+    data["sft"]["sources"] = [{"path": "chats.jsonl", "heldout": 0.3}]
+    for spelled in ("./chats.jsonl", str(tmp_path / "chats.jsonl")):
+        data["rl"]["sources"] = [{"path": spelled, "heldout": 0.0}]
+        with pytest.raises(UserError, match=r"is held out by 0\.3 in \[sft\] and by 0\.0 in \[rl\]"):
+            recipe.validate(data, "recipe")
 
 
 def test_what_is_held_out_of_one_layer_is_held_out_of_all() -> None:

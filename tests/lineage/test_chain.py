@@ -153,6 +153,13 @@ def test_what_took_part_is_verified_too_but_does_not_stop_the_layers_from_loadin
     assert [layer.name for layer in Lineage.open(run / "rl").load()] == ["base", "sft", "rl"]
 
 
+def test_a_run_whose_nudge_is_under_way_opens_at_its_mask(run: Path) -> None:
+    """The reward model descends from the mask, which is the tip nevertheless: a scorer is no layer."""
+    shutil.rmtree(run / "rl")
+    assert (run / "reward").is_dir()
+    assert [layer.name for layer in open_layers([run])] == ["base", "sft"]
+
+
 def test_a_copy_beside_the_original_and_a_moved_run_hold(
     run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

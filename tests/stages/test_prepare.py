@@ -63,6 +63,18 @@ def test_the_same_recipe_finds_what_was_made_and_other_text_lies_elsewhere(tmp_p
     assert other.directory != first.directory
 
 
+@pytest.mark.parametrize("name", ["prepared.json", "facts.json"])
+@pytest.mark.parametrize("content", [None, "{"])
+def test_prepared_text_that_is_damaged_is_named(tmp_path: Path, name: str, content: str | None) -> None:
+    recipe = made(tmp_path, TEXTS)
+    place = prepare(recipe, tmp_path / "data", Progress(quiet=True)).directory
+    (place / name).unlink()
+    if content is not None:
+        (place / name).write_text(content)
+    with pytest.raises(UserError, match=f"{place} is damaged"):
+        prepare(recipe, tmp_path / "data", Progress(quiet=True))
+
+
 def test_the_tokenizer_is_trained_on_no_text_that_is_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
