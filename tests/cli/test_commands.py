@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from unmask.cli import inspect
 from unmask.cli.main import main
+from unmask.probes.probe import Finding
 
 
 def said(
@@ -70,3 +72,22 @@ def test_help_lists_every_command_on_one_screen() -> None:
     for command in ("run", "report", "log", "diff", "blame", "chat", "doctor"):
         assert f" {command} " in told.stdout
     assert len(told.stdout.splitlines()) <= 40
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "low", "high"),
+    [("js", 0.017071, 0.016312, 0.017943), ("kl_child_parent", 0.0741, 0.0709, 0.0780)],
+)
+def test_a_line_of_diff_fits_a_terminal_of_80_columns(
+    metric: str, value: float, low: float, high: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Finding(
+        probe="T1-2", metric=metric, group="tokens 11–20", child="rl", parent="sft", text_source="P sample", n=64,
+        n_unit="prompt", value=value, unit="nats/token", ci95=(low, high), floor_numeric=2.14e-05,
+        verdict="above the numeric floor",
+    )  # fmt: skip
+    inspect._print_diff([found])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    [row] = [line for line in lines if metric in line]
+    assert row.endswith(" 2e-05  yes")

@@ -142,11 +142,11 @@ def _print_log(rows: list[dict[str, Any]], problems: list[str]) -> None:
 
 
 def _print_diff(findings: "Sequence[Finding]") -> None:
-    """A line a finding, in 80 columns, beneath the layers and the text that it was read on."""
+    """A line a finding, in 80 columns where its name lets it, beneath the layers and the text that it was read on."""
     from unmask.report import words
 
     out = console()
-    out.print(f"[dim]{'':<36} {'value [95 % interval]':<31} {'floor':<7} beyond[/dim]")
+    out.print(f"[dim]{'':<33} {'value [95 % interval]':<34} {'floor':<6} over[/dim]")
     tables: dict[str, dict[str, list[Finding]]] = {}
     for f in findings:
         n = "" if f.n is None else f"n = {f.n:,} {words.plural(f.n_unit, f.n)}"
@@ -164,11 +164,12 @@ def _print_diff(findings: "Sequence[Finding]") -> None:
                 ends = ", ".join(words.number(end, digits) for end in f.ci95 or ())
                 unit = "" if f.unit == "1" else f" {f.unit}"
                 said = value + (f" [{ends}]" if ends else "") + unit
-                floor = "exact" if f.exact else "–" if f.floor_numeric is None else f"{f.floor_numeric:.2g}"
-                out.print(escape(f"  {name:<34} {said:<31} {floor:<7} {_beyond(f.verdict or '')}").rstrip())
+                floor = "exact" if f.exact else "–" if f.floor_numeric is None else f"{f.floor_numeric:.1g}"
+                row = f" {name:<{min(32, 66 - len(said))}} {said:<34} {floor:<6} {_beyond(f.verdict or '')}"
+                out.print(escape(row.rstrip()))
     out.print(
         "[dim]A: answers of the layer, P: of the one below it, N: held-out text.\n"
-        "floor: the same weights in bfloat16. beyond: the whole interval is.[/dim]"
+        "floor: the same weights in bfloat16. over: the whole interval lies beyond it.[/dim]"
     )
 
 
