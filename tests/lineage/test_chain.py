@@ -145,6 +145,7 @@ def test_another_checkpoint_in_the_parents_place_is_refused(run: Path, tokenizer
     write(run / "base", tokenizer, seed=9, kind="pretrain")
     problem = only(Lineage.open(run / "sft").verify())
     assert problem.startswith("sft: the parent in")
+    assert any("the parent in" in each for each in Lineage.open(run).verify())
 
 
 def test_what_took_part_is_verified_too_but_does_not_stop_the_layers_from_loading(run: Path) -> None:

@@ -123,14 +123,15 @@ def tip_of_run(path: Path) -> Path | None:
     if (path / weights.CONFIG).exists():
         return None
     found = [Checkpoint.open(file.parent) for file in sorted(path.glob(f"*/{records.FILE}"))]
-    models = [
-        c for c in found if c.is_language_model
-    ]  # a run under way has scorers that descend from its tip
+    # A run under way has scorers that descend from its tip.
+    models = [c for c in found if c.is_language_model]
     parents = {c.record.parent.hash for c in models if c.record is not None and c.record.parent is not None}
     # Of a model and its copies, the one in the directory of its name.
     named = sorted(models, key=lambda c: c.path.name == c.name)
-    tips = {c.hash: c.path for c in named if c.hash not in parents}
-    return next(iter(tips.values())) if len(tips) == 1 else None
+    tips = {c.hash: c for c in named if c.hash not in parents}
+    if len(tips) > 1:  # a stranger in the place of a parent begins no lineage of this run: verifying names it
+        tips = {hash: c for hash, c in tips.items() if c.record is not None and c.record.parent is not None}
+    return next(iter(tips.values())).path if len(tips) == 1 else None
 
 
 def open_layers(
