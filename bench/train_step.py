@@ -101,7 +101,7 @@ def main() -> None:
         optimizer.step()
         times.append(time.perf_counter() - start)
     median = statistics.median(times[1:])  # the first one also allocates
-    rate = parallel.matmul_rate(device, dtype)
+    rate = parallel.matmul_rate(dtype, device=device)
     tokens = rows * length
     result = {
         "bench": "train_step",
