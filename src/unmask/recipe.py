@@ -207,7 +207,7 @@ class Recipe(Section):
             raise ValueError("rl.lr must be above 0: the critic's rate is a multiple of it")
         if self.rl.minibatches > self.rl.answers:
             raise ValueError(
-                f"rl.minibatches is {self.rl.minibatches}, for only {self.rl.answers} rl.answers"
+                f"rl.minibatches is {self.rl.minibatches}, for only {self.rl.answers} rl.answers: each needs one"
             )
         return self
 

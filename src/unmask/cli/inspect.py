@@ -165,7 +165,7 @@ def _print_diff(findings: "Sequence[Finding]") -> None:
                 unit = "" if f.unit == "1" else f" {f.unit}"
                 said = value + (f" [{ends}]" if ends else "") + unit
                 floor = "exact" if f.exact else "–" if f.floor_numeric is None else f"{f.floor_numeric:.1g}"
-                row = f" {name:<{min(32, 66 - len(said))}} {said:<34} {floor:<6} {_beyond(f.verdict or '')}"
+                row = f" {name:<{max(1, min(32, 66 - len(said)))}} {said:<34} {floor:<6} {_beyond(f.verdict or '')}"
                 out.print(escape(row.rstrip()))
     out.print(
         "[dim]A: answers of the layer, P: of the one below it, N: held-out text.\n"

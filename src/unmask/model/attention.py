@@ -10,8 +10,9 @@ from torch.autograd.function import once_differentiable
 from unmask.model.kernels import apply
 from unmask.model.precision import emulated
 
-# Scores of a layer, over rows and heads: 32 MB in bfloat16, which training keeps for each layer.
-SCORES_TO_KEEP = 2**24
+# Scores of one head of one row, up to which they are made whole and kept for training. Not of a batch: the same row
+# must take the same way in batches of every size.
+SCORES_TO_KEEP = 2**18
 
 
 def attention(
@@ -19,7 +20,7 @@ def attention(
 ) -> Tensor:
     """softmax(q kᵀ / √K) v -> (B, H, T, K). H is a multiple of G: query heads share key heads in order.
 
-    `causal`: position i sees keys up to i, no mask is built. `mask`: bool, true where a query may see a key,
+    `causal`: position i sees keys up to i. `mask`: bool, true where a query may see a key,
     broadcastable to (B, 1, T, S). Neither: every query sees every key.
     """
     if emulated(q_BHTK):
@@ -37,10 +38,10 @@ def attention(
     if groups != heads:
         k_BGSK = k_BGSK.repeat_interleave(heads // groups, 1)
         v_BGSK = v_BGSK.repeat_interleave(heads // groups, 1)
-    scores = rows * heads * queries * k_BGSK.shape[2]
-    if q_BHTK.dtype is torch.bfloat16 and q_BHTK.device.type == "cpu" and scores <= SCORES_TO_KEEP:
+    keys = k_BGSK.shape[2]
+    if q_BHTK.dtype is torch.bfloat16 and q_BHTK.device.type == "cpu" and queries * keys <= SCORES_TO_KEEP:
         if causal:
-            mask = q_BHTK.new_ones(queries, queries, dtype=torch.bool).tril_()
+            mask = q_BHTK.new_ones(queries, keys, dtype=torch.bool).tril_()
         return apply(AttentionByProducts, q_BHTK, k_BGSK, v_BGSK, mask)
     return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=causal)
 
@@ -49,13 +50,15 @@ class AttentionByProducts(torch.autograd.Function):
     """Attention as batched products that keep the probabilities: (B, H, T, K), S keys, mask as in `attention`.
 
     In bfloat16 on a CPU this takes half the time of SDPA's flash kernel, though it computes what a causal mask then
-    hides. Scores are rounded to bfloat16 before their softmax, which itself is in float32.
+    hides. It is less exact: scores and probabilities are rounded to bfloat16 before and after a softmax in float32, so
+    that a score of size s errs by up to s/512, as in transformers' eager attention. Measuring is in float32, which does
+    not come here. Every query has to see a key.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         rows, heads, _, size = q.shape
-        q, k, v = (x.reshape(rows * heads, -1, size) for x in (q, k, v))
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         scores = torch.bmm(q, k.mT)
         if mask is None:
             scores.mul_(size**-0.5)
@@ -65,21 +68,22 @@ class AttentionByProducts(torch.autograd.Function):
             torch.add(bias, scores_BHTS, alpha=size**-0.5, out=scores_BHTS)
         probs = scores.softmax(-1)
         ctx.save_for_backward(q, k, v, probs)
-        ctx.heads = heads
-        return torch.bmm(probs, v).view(rows, heads, -1, size)
+        ctx.rows_and_heads = rows, heads
+        y = torch.bmm(probs, v)
+        return y.view(rows, heads, *y.shape[1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, probs = ctx.saved_tensors
-        grad = grad.reshape(q.shape)
+        grad = grad.flatten(0, 1)
         d_v = torch.bmm(probs.mT, grad)
         d_probs = torch.bmm(grad, v.mT)
         d_scores = torch.ops.aten._softmax_backward_data(d_probs, probs, -1, probs.dtype)
         scale = q.shape[-1] ** -0.5
         d_q = torch.bmm(d_scores, k).mul_(scale)
         d_k = torch.bmm(d_scores.mT, q).mul_(scale)
-        d_q, d_k, d_v = (d.view(-1, ctx.heads, *d.shape[1:]) for d in (d_q, d_k, d_v))
+        d_q, d_k, d_v = (d.view(*ctx.rows_and_heads, *d.shape[1:]) for d in (d_q, d_k, d_v))
         return d_q, d_k, d_v, None
 
 

@@ -47,7 +47,8 @@ class RMSNormOnCPU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        exact_grad, exact_weight = wide(grad).contiguous(), wide(weight)
+        exact_grad = wide(grad).contiguous()
+        exact_weight = weight.to(exact_grad.dtype)
         d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
             exact_grad,
             wide(x).contiguous(),

@@ -42,9 +42,10 @@ class CrossEntropySum(torch.autograd.Function):
             hidden, targets = hidden_ND[rows], targets_N[rows, None]
             logits = linear(hidden, head_VD)
             probs = logits.softmax(-1, dtype=exact)
-            # ln Σ exp(logits) is the largest logit less the logarithm of its probability: no pass of its own.
-            whole = logits.amax(-1) - probs.amax(-1).log()
-            total += (whole - logits.gather(1, targets)[:, 0]).sum()
+            # ln Σ exp(logits) is the largest logit less the logarithm of its probability: no pass of its own. The
+            # logits are subtracted first: both may be large, and their difference is not.
+            below = wide(logits.amax(-1)) - wide(logits.gather(1, targets)[:, 0])
+            total += (below - probs.amax(-1).log()).sum()
             if d_hidden is None and d_head is None:
                 continue
             slope = probs.scatter_add_(1, targets, probs.new_full((len(targets), 1), -1.0)).to(hidden.dtype)

@@ -50,11 +50,12 @@ def texts_beside(models: Sequence[Path], prompts: Path | None, text: Path | None
 def _measured(run: Path) -> tuple[int, int]:
     """How many bytes of a source the run was measured on, and the seed that drew them; what Texts has where it does not
     say."""
+    _, _, limit_bytes, seed = Texts([], [])
     try:
         by = json.loads((run / "summary.json").read_bytes())["measured_by"]
-        return int(by["measure"]["heldout_bytes"]), int(by["seed"])
-    except (OSError, ValueError, KeyError, TypeError):  # under way, damaged, or of an older version
-        return Texts([], [])[2:]
+        return int(by["measure"]["heldout_bytes"]), int(by.get("seed", seed))
+    except (OSError, ValueError, KeyError, TypeError):  # under way or damaged
+        return limit_bytes, seed
 
 
 def compare(

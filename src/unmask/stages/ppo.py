@@ -37,7 +37,7 @@ from unmask.training.optimizer import Optimizer, OptimizerSettings
 ADAM_EPS = (
     1e-5  # Huang et al. (arXiv 2403.17031): what InstructGPT's ancestors used, and stabler here than 1e-8
 )
-SAMPLER_GAP = 0.05  # nats a token in the mean: rounding to bfloat16 gives a tenth of it
+SAMPLER_GAP = 0.05  # nats a token in the mean: rounding to bfloat16 gives 0.006 to 0.008 in `tiny`
 
 
 @dataclass(frozen=True)
