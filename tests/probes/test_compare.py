@@ -33,3 +33,13 @@ def test_the_texts_of_a_run_are_found_from_wherever_its_checkpoints_are_named(
 def test_outside_a_run_both_files_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--prompts FILE .* --text FILE"):
         texts_beside([tmp_path], None, None)
+
+
+def test_a_run_is_compared_on_what_it_was_measured_on(tmp_path: Path) -> None:
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "prompts.jsonl").write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
+    (tmp_path / "heldout.jsonl").write_text('{"source": "books", "text": "It rained."}\n')
+    measured = {"measured_by": {"seed": 7, "measure": {"heldout_bytes": 12_345}}}
+    (tmp_path / "summary.json").write_text(json.dumps(measured))
+    found = texts_beside([tmp_path / "sft"], None, None)
+    assert (found.limit_bytes, found.seed) == (12_345, 7)
