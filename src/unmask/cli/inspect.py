@@ -116,9 +116,7 @@ def blame(
 def _print_log(rows: list[dict[str, Any]], problems: list[str]) -> None:
     out = console()
     for place, row in enumerate(rows):
-        headline = "".join(
-            f" · {name} {value:.4g} in training" for name, value in row.get("headline", {}).items()
-        )
+        headline = [f"{name} {value:.4g}" for name, value in row.get("headline", {}).items()]
         out.print(
             f"[bold]{escape(row['name'])}[/bold] [dim]{row['kind']}[/dim] {row['hash'][:12]}  {escape(row['path'])}"
         )
@@ -126,8 +124,10 @@ def _print_log(rows: list[dict[str, Any]], problems: list[str]) -> None:
             data = ", ".join(f"{label} {digest[:8]}" for label, digest in row["data"].items())
             out.print(
                 f"  {row['tokens']:,} tokens read · {row['steps']:,} steps · {duration(row['seconds'])}"
-                f" · {row['peak_bytes'] / 1e9:.1f} GB{headline}"
+                f" · {row['peak_bytes'] / 1e9:.1f} GB"
             )
+            if headline:
+                out.print(f"  at the end of training: {escape(', '.join(headline))}")
             out.print(f"  data: {escape(data)}", soft_wrap=True)
         for role, digest in row.get("inputs", {}).items():
             out.print(f"  with {role} {digest[:12]}")
