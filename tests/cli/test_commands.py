@@ -90,4 +90,4 @@ def test_a_line_of_diff_fits_a_terminal_of_80_columns(
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     [row] = [line for line in lines if metric in line]
-    assert row.endswith(" 2e-05  yes")
+    assert row.endswith(" 2.1e-05 yes")

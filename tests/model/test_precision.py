@@ -47,13 +47,15 @@ def test_a_float32_product_is_left_alone() -> None:
     not processor_has_bfloat16(), reason="products go through float32, which compiles no kernels"
 )
 def test_memory_does_not_grow_with_the_number_of_shapes_that_were_multiplied() -> None:
-    """600 shapes, three products each: their compiled kernels would be 3 GB if all were kept; 0.3 to 0.5 are seen."""
+    """600 shapes, three products each: their compiled kernels would be 3 GB if all were kept; 0.08 are seen."""
     program = """
+import ctypes
 from pathlib import Path
 import torch
 from unmask.model.precision import linear
 weight = torch.randn(768, 256, dtype=torch.bfloat16, requires_grad=True)
 def resident():
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator holds of freed tensors is no kernel
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 def multiply(rows):
     linear(torch.randn(rows, 256, dtype=torch.bfloat16, requires_grad=True), weight).sum().backward()
@@ -64,4 +66,4 @@ for rows in range(1000, 1600):
 print(resident() - before)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1e9
+    assert int(done.stdout) < 400e6

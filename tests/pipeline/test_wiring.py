@@ -102,9 +102,10 @@ def test_a_scorer_learns_from_its_own_half_of_the_conversations(
     objective = job.objective
     assert isinstance(objective, reward.Preference)
     assert {tuple(text) for ranking in objective.rankings for text in ranking.texts} <= own
-    record = (built.reward if half == "proxy" else built.gold).record  # type: ignore[union-attr]
-    assert record is not None
-    assert record.data == job.data
+    trained = built.reward if half == "proxy" else built.gold
+    assert trained is not None
+    assert trained.record is not None
+    assert trained.record.data == job.data
 
 
 def test_rates_warm_up_and_raw_text_of_the_recipe_reach_ppo(place: Place, built: Built) -> None:

@@ -164,8 +164,8 @@ def _print_diff(findings: "Sequence[Finding]") -> None:
                 ends = ", ".join(words.number(end, digits) for end in f.ci95 or ())
                 unit = "" if f.unit == "1" else f" {f.unit}"
                 said = value + (f" [{ends}]" if ends else "") + unit
-                floor = "exact" if f.exact else "–" if f.floor_numeric is None else f"{f.floor_numeric:.1g}"
-                row = f" {name:<{max(1, min(32, 66 - len(said)))}} {said:<34} {floor:<6} {_beyond(f.verdict or '')}"
+                floor = "exact" if f.exact else "–" if f.floor_numeric is None else f"{f.floor_numeric:.2g}"
+                row = f" {name:<{max(1, min(32, 66 - len(said)))}} {said:<34} {floor:<7} {_beyond(f.verdict or '')}"
                 out.print(escape(row.rstrip()))
     out.print(
         "[dim]A: answers of the layer, P: of the one below it, N: held-out text.\n"

@@ -57,10 +57,9 @@ class Prompts:
                     f"{room} for it. Lower rl.prompt_tokens or rl.answer_tokens, or raise `context`."
                 )
         self.sources, self.seed = sources, seed
-        self.data = {source.name: fingerprint(source.prompts) for source in sources}
-        self.fingerprint = hash_json(
-            [seed, [[source.name, self.data[source.name], source.share] for source in sources]]
-        )
+        held = [(source.name, fingerprint(source.prompts), source.share) for source in sources]
+        self.data = {name: digest for name, digest, _ in held}
+        self.fingerprint = hash_json([seed, held])
 
     @property
     def mean_length(self) -> float:

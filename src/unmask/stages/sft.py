@@ -81,15 +81,14 @@ class Imitation:
         mean = sum(share * n for share, n in zip(self.shares, per_row, strict=True)) / sum(self.shares)
         self.tokens_per_step = round(batch_rows * mean)
         self.steps = max(1, tokens // self.tokens_per_step)
-        self.data = {
-            source.name: packed.fingerprint for source, packed in zip(sources, self.packed, strict=True)
-        }
+        held = [
+            (source.name, packed.fingerprint, source.share)
+            for source, packed in zip(sources, self.packed, strict=True)
+        ]
+        self.data = {name: digest for name, digest, _ in held}
         self.fingerprint = hash_json(
             {
-                "sources": [
-                    [name, digest, share]
-                    for (name, digest), share in zip(self.data.items(), self.shares, strict=True)
-                ],
+                "sources": held,
                 "batch_rows": batch_rows,
                 "micro_rows": micro_rows,
                 "seed": seed,
