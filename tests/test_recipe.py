@@ -83,7 +83,7 @@ def test_difference_names_the_first_key_that_differs() -> None:
     [
         ("rl.answer_tokens=256", "rl.answer_tokens is 256: of the context of 256 nothing is left"),
         ("measure.answer_tokens=300", "measure.answer_tokens is 300"),
-        ("rl.lr=0", "rl.lr must be above 0"),
+        ("rl.lr=0", "rl.lr.*greater than 0"),
         ("rl.minibatches=65", "rl.minibatches is 65, for only 64 rl.answers"),
         ('sft.sources=[{path="a/x.jsonl"},{path="b/x.jsonl"}]', "two sources of .sft. are called 'x'"),
         ('sft.sources=[{path="x.jsonl",label="../../x"}]', "label"),

@@ -126,7 +126,7 @@ class RlSection(Section):
     epochs: int = Field(default=2, ge=1)
     minibatches: int = Field(default=1, ge=1)
     micro_tokens: int = Field(default=8192, gt=0)
-    lr: float | None = Field(default=None, ge=0)
+    lr: float | None = Field(default=None, gt=0)  # the critic's rate is a multiple of it
     critic_lr: float | None = Field(default=None, ge=0)
     critic_warmup: float = Field(default=0.15, ge=0, lt=1)  # share of the rollouts: only the critic learns
     warmup: float = Field(default=0.05, ge=0, le=1)
@@ -202,9 +202,7 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def rl_can_step(self) -> "Recipe":
-        if self.rl.lr == 0:
-            raise ValueError("rl.lr must be above 0: the critic's rate is a multiple of it")
+    def every_minibatch_has_an_answer(self) -> "Recipe":
         if self.rl.minibatches > self.rl.answers:
             raise ValueError(
                 f"rl.minibatches is {self.rl.minibatches}, for only {self.rl.answers} rl.answers: each needs one"
