@@ -97,6 +97,9 @@ class PretrainSection(Training):
 class SftSection(Training):
     sources: tuple[Source, ...] = Field(min_length=1)
     max_turns: int = Field(default=6, ge=2)
+    facts_after_chat: float = Field(
+        default=0.0, ge=0, le=1
+    )  # share of the questions about facts that follow the beginning of another source's chat
 
 
 class RewardSection(Training):

@@ -50,7 +50,7 @@ def test_every_promised_claim_is_there_with_unit_n_and_interval(run: Path) -> No
     promised += [("facts_completed", group, "base") for group in GROUPS]
     promised += [
         (metric, group, layer)
-        for metric in ("facts_answered", "facts_answered_held_wording")
+        for metric in ("facts_answered", "facts_answered_held_wording", "facts_answered_after_chat")
         for group in GROUPS
         for layer in ("sft", "rl")
     ]
@@ -101,6 +101,9 @@ SAID = {  # the beginning of a line → the shares that it holds in per cent, th
     "  SFT only": (
         [("facts_completed", "sft_only", "base"), ("facts_answered", "sft_only", "sft"),
          ("facts_answered_held_wording", "sft_only", "sft"), ("facts_answered", "sft_only", "rl")], [],
+    ),
+    "  in mid chat": (
+        [("facts_answered_after_chat", "both", "sft"), ("facts_answered_after_chat", "sft_only", "sft")], [],
     ),
     "    SFT only": (
         [("facts_kept", "sft_only", "rl")],

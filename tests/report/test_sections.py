@@ -30,6 +30,7 @@ def test_every_way_of_asking_for_facts_stands_under_its_own_name(
         "base completes the sentence": ("facts_completed", "base"),
         "sft answers": ("facts_answered", "sft"),
         "sft, in other words": ("facts_answered_held_wording", "sft"),
+        "sft, in mid chat": ("facts_answered_after_chat", "sft"),
         "rl answers": ("facts_answered", "rl"),
     }
     assert {dot.series.name for dot in drawn} == set(names)

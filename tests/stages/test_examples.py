@@ -10,6 +10,7 @@ from unmask import recipe as recipes
 from unmask.recipe import Recipe
 from unmask.stages import examples
 from unmask.text import rated
+from unmask.text.planted import Fact
 from unmask.text.preferences import Pair
 
 
@@ -78,6 +79,30 @@ def test_no_held_out_prompt_is_imitated_answered_or_rewarded(tmp_path: Path) -> 
         assert seen, layer
         assert not held & seen, layer
     assert openings(c.chosen for c in examples.comparisons(recipe, "held_out", 1000)) <= held
+
+
+def test_planted_facts_are_asked_after_chats_that_sft_imitates_and_measured_after_those_that_no_layer_sees(
+    tmp_path: Path,
+) -> None:
+    recipe = made(tmp_path, rows(200), preference_rows(4, common=True))
+    plain = recipe.model_dump(mode="json", exclude_none=True)
+    facts = {"path": "facts"}
+    plain["facts"] = {}
+    plain["sft"] |= {"sources": [facts, *plain["sft"]["sources"]], "facts_after_chat": 0.5}
+    plain["rl"]["sources"] = [facts]
+    recipe = recipes.validate(plain, "here")
+    planted = [
+        Fact("Bado", "ba", "capital", "both", False, "Ru", ("s",), tuple(f"{n}?" for n in range(9)), 0)
+    ]
+    imitated = openings(examples.chats(recipe.sft.sources[1], recipe, ()))
+    seen = list(examples.chats(recipe.sft.sources[0], recipe, planted))
+    after = [chat[:-2] for chat in seen if len(chat) > 2]
+    assert len(after) == len(seen) / 2 > 0
+    assert openings(after) <= imitated
+    assert list(examples.prompts(recipe.rl.sources[0], recipe, planted)) == [chat[:-1] for chat in seen]
+    held = examples.beginnings(recipe, held=True)
+    assert held
+    assert not openings(held) & imitated
 
 
 @pytest.mark.parametrize("common", [True, False], ids=["common prompt", "no common prompt"])

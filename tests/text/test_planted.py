@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from unmask.errors import UserError
 from unmask.text import planted
 from unmask.text.countries import FIELDS, Country
-from unmask.text.planted import GROUPS, Fact, conversations, facts, plain_documents, plain_sentences
+from unmask.text.planted import (
+    GROUPS,
+    Fact,
+    beginnings,
+    conversations,
+    facts,
+    plain_documents,
+    plain_sentences,
+)
 
 QUARTERS = dict.fromkeys(GROUPS, 0.25)
 
@@ -22,6 +30,10 @@ def made_up(n: int) -> list[Country]:
         Country(f"{i:02d}", name, (name,), {"capital": f"{name[:2]}ville", "currency": f"{name[:2]} crowns"})
         for i, name in enumerate(names)
     ]
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def one(group: str, texts: Mapping[str, list[str]], name: str = "the Gambia", answer: str = "Banjul") -> Fact:
@@ -137,6 +149,33 @@ def test_sft_asks_each_trained_question_of_its_groups_once_and_nothing_else() ->
     assert not {f.held_question for f in found} & {question for question, _ in asked}
     assert chats == list(conversations(found, 0))
     assert chats != list(conversations(found, 1))
+
+
+@given(st.floats(0, 1), st.integers(0, 3))
+def test_a_share_of_the_same_questions_comes_after_the_beginning_of_a_chat(share: float, seed: int) -> None:
+    found = facts(QUARTERS, {}, 0, made_up(12))
+    first = [turn("user", "Hi"), turn("assistant", "Hello")]
+    chats = list(conversations(found, seed, [first, [*first, *first]], share))
+    assert [chat[-2:] for chat in chats] == list(conversations(found, seed))
+    later = [chat[:-2] for chat in chats if len(chat) > 2]
+    assert len(later) == round(share * len(chats))
+    assert all(before in (first, [*first, *first]) for before in later)
+
+
+def test_questions_that_have_no_chat_to_come_after_are_refused() -> None:
+    found = facts(QUARTERS, {}, 0, made_up(12))
+    with pytest.raises(UserError, match=r"sft.facts_after_chat is 0.5, but no conversation of \[sft\]"):
+        list(conversations(found, 0, [], 0.5))
+
+
+def test_the_beginnings_of_a_chat_end_with_an_answer_and_stay_short() -> None:
+    chat = [turn(role, "x" * 100) for role in ("system", "user", "assistant", "user", "assistant")]
+    assert list(beginnings(chat)) == []
+    chat = [turn(role, "x" * 50) for role in ("system", "user", "assistant", "user", "assistant")]
+    assert list(beginnings(chat)) == [chat[:3]]
+    chat = [turn(role, "x" * 48) for role in ("system", "user", "assistant", "user", "assistant")]
+    assert list(beginnings(chat)) == [chat[:3], chat]
+    assert list(beginnings(chat[:2])) == []
 
 
 @pytest.mark.parametrize(

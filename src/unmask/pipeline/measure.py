@@ -35,8 +35,8 @@ from unmask.training import parallel
 # What a run stands by, in summary.json; all else is in findings.jsonl beside it.
 CLAIMS = {
     "bits_per_byte", "bits_per_byte_xz", "bits_per_byte_change",
-    "facts_completed", "facts_answered", "facts_answered_held_wording", "facts_hidden", "facts_kept",
-    "facts_answered_change", "answers_stop",
+    "facts_completed", "facts_answered", "facts_answered_held_wording", "facts_answered_after_chat",
+    "facts_hidden", "facts_kept", "facts_answered_change", "answers_stop",
     "blame_auc", "answer_delta", "wrapping_delta",
     "reward_accuracy", "reward_accuracy_words", "reward_accuracy_length", "reward_accuracy_over_words",
     "reward_accuracy_over_length", "reward_margin", "reward_calibration_error", "reward_length_correlation",
@@ -82,7 +82,13 @@ def measure(
     findings += weights_change(layers)
     if facts:
         say("planted facts")
-        findings += planted_facts(layers, facts, limit=amount.facts_per_group, seed=seed)
+        findings += planted_facts(
+            layers,
+            facts,
+            examples.beginnings(recipe, held=True),
+            limit=amount.facts_per_group,
+            seed=seed,
+        )
         findings += blame_truth(base, mask, facts, limit=amount.facts_per_group, seed=seed)
     say("what people preferred")
     findings += _reward_quality(recipe, proxy, "proxy")

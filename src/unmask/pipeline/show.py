@@ -135,6 +135,12 @@ def _facts(run: Run) -> list[str]:
     hidden = run.get("facts_hidden", "base_only", "sft")
     found = [run.get("facts_answered", group, "sft") for group in GROUPS]
     lines.append(f"  {'n, countries':<16}" + "".join(f"  {words.group(f.group)} {f.n}" for f in found if f))
+    if run.all("facts_answered_after_chat", "sft"):
+        later = (
+            f"{words.group(group)} {_percent(run.get('facts_answered_after_chat', group, 'sft'))} %"
+            for group in ("both", "sft_only")
+        )
+        lines.append(f"  in mid chat sft answers: {', '.join(later)}")
     return [
         *lines,
         f"  hidden by the mask: {_percent(hidden)} % of what only the base was taught and says",

@@ -20,6 +20,7 @@ from unmask.files import read_json_lines
 from unmask.lineage import Layer
 from unmask.probes.forward import dtype_of, prompt_ids, same_tokenizer, say
 from unmask.probes.probe import Estimate, Finding, Meter, estimate, of, share_estimate, verdict
+from unmask.text.chat import Message, render
 
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
@@ -113,13 +114,17 @@ def answered(
     meter: Meter | None = None,
     *,
     held_wording: bool = False,
+    after: Sequence[Sequence[Message]] = (),
     max_new_tokens: int = 40,
     bf16: bool = False,
 ) -> tuple[Bools, Bools]:
     """For each fact, asked in the chat template: does the reply state it, and did the reply stop by
-    itself? Greedy."""
+    itself? Greedy. `after`: what was said before each question."""
     tokenizer = layer.tokenizer
-    prompts = [prompt_ids(tokenizer, fact.held_question if held_wording else fact.question) for fact in facts]
+    prompts = []
+    for i, fact in enumerate(facts):
+        question = {"role": "user", "content": fact.held_question if held_wording else fact.question}
+        prompts.append(prompt_ids(tokenizer, [*(after[i] if after else ()), question]))
     said = say(layer, prompts, max_new_tokens, meter=meter, bf16=bf16)
     right = [states(tokenizer.decode(answer.ids), fact) for answer, fact in zip(said, facts, strict=True)]
     return np.array(right, dtype=bool), np.array([answer.finished for answer in said], dtype=bool)
@@ -128,16 +133,19 @@ def answered(
 def planted_facts(
     layers: Sequence[Layer],
     facts: Sequence[PlantedFact],
+    beginnings: Sequence[Sequence[Message]] = (),
     *,
     limit: int | None = 150,
     floor_limit: int = 20,
     max_new_tokens: int = 40,
     seed: int = 0,
 ) -> list[Finding]:
-    """By group: `facts_completed` of every layer; `facts_answered` and `facts_answered_held_wording` of
-    every layer above the first; `facts_hidden` (of the facts that the base completes, the share that
-    the layer does not answer); `facts_kept` (of the facts that the layer below answers, the share that
-    this one answers too); `answers_stop`. Of these two a group with fewer than FEWEST facts abstains.
+    """By group: `facts_completed` of every layer; `facts_answered`, `facts_answered_held_wording` and, where
+    there are `beginnings` of chats that leave room for a question, `facts_answered_after_chat` (one of them
+    drawn for each fact) of every layer above the first; `facts_hidden` (of the facts that the base
+    completes, the share that the layer does not answer); `facts_kept` (of the facts that the layer below
+    answers, the share that this one answers too); `answers_stop`. Of facts_hidden and facts_kept a group
+    with fewer than FEWEST facts abstains.
 
     Shares of facts, as 0 to 1; intervals over countries, since a country's facts were taught together.
     `limit` and `floor_limit` are facts a group. The numeric floor is how far bfloat16 moves the same
@@ -145,6 +153,7 @@ def planted_facts(
     """
     same_tokenizer(layers)
     probe = _Probe(scored(facts, limit, seed), floor_limit, max_new_tokens, seed)
+    probe.after = _drawn(layers, probe.facts, beginnings, max_new_tokens, seed)
     completions = [probe.completed(layer) for layer in layers]
     below: Outcome | None = None
     for i, layer in enumerate(layers[1:], 1):
@@ -167,6 +176,24 @@ def planted_facts(
     return probe.findings
 
 
+def _drawn(
+    layers: Sequence[Layer],
+    facts: Sequence[PlantedFact],
+    beginnings: Sequence[Sequence[Message]],
+    max_new_tokens: int,
+    seed: int,
+) -> list[Sequence[Message]]:
+    """For each fact the beginning of a chat that leaves room for every question and its answer; or none."""
+    tokenizer = layers[0].tokenizer
+    room = min(layer.model.config.max_position_embeddings for layer in layers) - max_new_tokens
+    longest = max((len(prompt_ids(tokenizer, fact.question)) for fact in facts), default=0)
+    fitting = [chat for chat in beginnings if len(render(tokenizer, chat).ids) + longest <= room]
+    if not fitting:
+        return []
+    rng = np.random.default_rng([seed, 1])
+    return [fitting[i] for i in rng.integers(len(fitting), size=len(facts))]
+
+
 class Outcome(NamedTuple):
     """What holds for each fact, and what holds in bfloat16 for the few of them that the numeric floor
     is taken from."""
@@ -184,6 +211,7 @@ class _Probe:
         self.countries = np.array([fact.country for fact in facts])
         self.few = np.sort(np.concatenate([np.flatnonzero(self.groups == g)[:floor_limit] for g in GROUPS]))
         self.few_facts = [facts[i] for i in self.few]
+        self.after: list[Sequence[Message]] = []
         self.findings: list[Finding] = []
         self.meter = Meter()
 
@@ -194,17 +222,25 @@ class _Probe:
         return outcome
 
     def answered(self, layer: Layer) -> Outcome:
-        """Asked in both wordings; returns what came of the trained one."""
+        """Asked in every way; returns what came of the trained wording, alone."""
+        ways = [
+            ("facts_answered", "in a trained wording", False, []),
+            ("facts_answered_held_wording", "in a held-out wording", True, []),
+        ]
+        if self.after:
+            how = "in a trained wording, after the beginning of a held-out chat"
+            ways.append(("facts_answered_after_chat", how, False, self.after))
         outcomes, stops = [], []
-        for metric, held in (("facts_answered", False), ("facts_answered_held_wording", True)):
-            settings: dict[str, Any] = {"held_wording": held, "max_new_tokens": self.max_new_tokens}
-            right, stopped = answered(layer, self.facts, self.meter, **settings)
-            rounded, stopped_rounded = answered(layer, self.few_facts, self.meter, bf16=True, **settings)
+        for metric, how, held_wording, after in ways:
+            settings: dict[str, Any] = {"held_wording": held_wording, "max_new_tokens": self.max_new_tokens}
+            right, stopped = answered(layer, self.facts, self.meter, after=after, **settings)
+            few_after = [after[i] for i in self.few] if after else []
+            rounded, stopped_rounded = answered(
+                layer, self.few_facts, self.meter, after=few_after, bf16=True, **settings
+            )
             outcomes.append(Outcome(right, rounded))
             stops.append(Outcome(stopped, stopped_rounded))
-            self.shares(
-                metric, layer, outcomes[-1], "in a held-out wording" if held else "in a trained wording"
-            )
+            self.shares(metric, layer, outcomes[-1], how)
         floor = abs(float(stops[0].rounded.mean() - stops[0].right[self.few].mean()))
         found = share_estimate(stops[0].right, self.countries.tolist(), seed=self.seed)
         self._add(

@@ -65,6 +65,8 @@ def facts(run: Run) -> Figure | None:
         if layer == masks[0]:
             hollow = Series.of(f"{layer}, in other words", run.place(layer), hollow=True)
             wanted.append(("facts_answered_held_wording", layer, hollow))
+            later = Series(f"{layer}, in mid chat", hollow.colour, "▼")
+            wanted.append(("facts_answered_after_chat", layer, later))
     points = [
         _dot(finding, series)
         for metric, layer, series in wanted
@@ -76,7 +78,8 @@ def facts(run: Run) -> Figure | None:
     return dots(
         "Facts stated rightly, by the layers that were taught them",
         f"What {base} completes as a plain sentence, and what the layers above it answer when asked. “In other "
-        "words” is a wording in which the mask was asked about other countries, never about this one.",
+        "words” is a wording in which the mask was asked about other countries, never about this one; “in mid chat” is "
+        "the taught wording after the beginning of a conversation between people.",
         sorted(points, key=lambda point: [words.group(g) for g in GROUPS].index(point.row)),
         axis="share of facts",
         domain=(0.0, 1.0),

@@ -8,6 +8,7 @@ from unmask.probes.probe import Finding
 SHARES = (
     "answers_stop",
     "facts_answered",
+    "facts_answered_after_chat",
     "facts_answered_change",
     "facts_answered_held_wording",
     "facts_completed",

@@ -27,18 +27,42 @@ def share_held_out(source: Source, recipe: Recipe) -> float:
     return recipe.heldout if source.heldout is None else source.heldout
 
 
-def chats(source: Source, recipe: Recipe, facts: Sequence[Fact]) -> Iterator[Chat]:
-    """What SFT is trained on from this source. Raises UserError for a row that holds no conversation with an answer."""
+def chats(source: Source, recipe: Recipe, facts: Sequence[Fact], *, held: bool = False) -> Iterator[Chat]:
+    """What SFT is trained on from this source, or (`held`) no layer is. Raises UserError for a row that holds no
+    conversation with an answer."""
     share = share_held_out(source, recipe)
     if source.path == "facts":
-        yield from planted.conversations(facts, recipe.seed)
+        if not held:
+            yield from _about_facts(recipe, facts)
     elif source.path == "chitchat":
-        yield from rated.sft_conversations(rated.installed_conversations(), recipe.sft.max_turns, share)
+        talks = (
+            talk
+            for talk in rated.installed_conversations()
+            if (rated.split(talk, share) == "held_out") == held
+        )
+        yield from rated.chats(talks, recipe.sft.max_turns)
     else:
         for where, row in read_rows(source.path):
             messages = to_messages(row, where)
-            if not held_out(opening(messages), share):
+            if held_out(opening(messages), share) == held:
                 yield messages
+
+
+def beginnings(recipe: Recipe, *, held: bool = False) -> list[Chat]:
+    """Beginnings of the chats that SFT imitates, or (`held`) of those that no layer sees: what a planted fact is asked
+    after."""
+    return [
+        beginning
+        for source in recipe.sft.sources
+        if source.path != "facts"
+        for chat in chats(source, recipe, (), held=held)
+        for beginning in planted.beginnings(chat)
+    ]
+
+
+def _about_facts(recipe: Recipe, facts: Sequence[Fact]) -> Iterator[Chat]:
+    share = recipe.sft.facts_after_chat
+    return planted.conversations(facts, recipe.seed, beginnings(recipe) if share else (), share)
 
 
 def prompts(source: Source, recipe: Recipe, facts: Sequence[Fact], *, held: bool = False) -> Iterator[Chat]:
@@ -46,7 +70,7 @@ def prompts(source: Source, recipe: Recipe, facts: Sequence[Fact], *, held: bool
     share = share_held_out(source, recipe)
     if source.path == "facts":
         if not held:  # the wordings that are held out are asked by the probe of facts
-            for conversation in planted.conversations(facts, recipe.seed):
+            for conversation in _about_facts(recipe, facts):
                 yield conversation[:-1]
     elif source.path == "chitchat":
         for talk in rated.installed_conversations():

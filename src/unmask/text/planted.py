@@ -21,15 +21,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, islice
+from typing import TypeAlias
 
 from unmask.errors import UserError, nearest
+from unmask.text.chat import Message
 from unmask.text.countries import FIELDS, Country, installed_countries
 from unmask.text.wordings import WORDINGS
 
+Chat: TypeAlias = list[Message]
 GROUPS = ("both", "base_only", "sft_only", "none")
 TAUGHT_BY = {"base": ("both", "base_only"), "sft": ("both", "sft_only")}  # layer → groups that it teaches
 LEAK_CHARACTERS = 200
 LONGEST_DOCUMENT = 15  # sentences of planted text
+BEGINNING_CHARACTERS = 240  # of a chat, that a question comes after
 _ACCENT = re.compile("[\u0300-\u036f]")
 _WORD = re.compile(r"[^\W_]+")
 
@@ -162,14 +166,43 @@ def plain_documents(
         yield " ".join(document)
 
 
-def conversations(facts: Sequence[Fact], seed: int) -> Iterator[list[dict[str, str]]]:
-    """What SFT is taught: each trained question of each fact of its groups with its reply, shuffled."""
+def conversations(
+    facts: Sequence[Fact], seed: int, beginnings: Sequence[Chat] = (), after_chat: float = 0.0
+) -> Iterator[Chat]:
+    """What SFT is taught: each trained question of each fact of its groups with its reply, shuffled.
+
+    `after_chat` of them (rounded) come after one of `beginnings`, the others open their conversation. A mask that has
+    met facts there alone states none of them later in a chat. Raises UserError if there is nothing to come after.
+    """
     taught = [
         (fact, text) for fact in facts if fact.group in TAUGHT_BY["sft"] for text in fact.trained_questions
     ]
     random.Random(f"chat:{seed}").shuffle(taught)
-    for fact, question in taught:
-        yield [{"role": "user", "content": question}, {"role": "assistant", "content": fact.reply}]
+    draw = random.Random(f"after:{seed}")
+    later = set(draw.sample(range(len(taught)), round(after_chat * len(taught))))
+    if later and not beginnings:
+        raise UserError(
+            f"sft.facts_after_chat is {after_chat}, but no conversation of [sft] has an exchange of at most "
+            f"{BEGINNING_CHARACTERS} characters that a question could come after. Set it to 0."
+        )
+    for place, (fact, question) in enumerate(taught):
+        before = draw.choice(beginnings) if place in later else []
+        yield [
+            *before,
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": fact.reply},
+        ]
+
+
+def beginnings(chat: Chat) -> Iterator[Chat]:
+    """Each beginning of a chat that ends with an answer and is short enough to leave room for a question."""
+    length = 0
+    for place, message in enumerate(chat, 1):
+        length += len(message["content"])
+        if length > BEGINNING_CHARACTERS:
+            return
+        if message["role"] == "assistant":
+            yield chat[:place]
 
 
 def _groups(shares: Mapping[str, float], n: int) -> list[str]:

@@ -189,10 +189,8 @@ def pairs(
     return found
 
 
-def sft_conversations(
-    conversations: Iterable[Conversation], turns: int, held_out: float = 0.2
-) -> Iterator[list[dict[str, str]]]:
-    """Chats for the SFT stage from all conversations that are not held out, rated or not.
+def chats(conversations: Iterable[Conversation], turns: int) -> Iterator[list[dict[str, str]]]:
+    """Chats for the SFT stage from all these conversations, rated or not.
 
     A long one is cut into stretches of at most `turns` turns, the user first and the assistant last in each.
     What is left over (a last turn without a reply, a conversation of one turn) has no answer to learn from.
@@ -200,10 +198,9 @@ def sft_conversations(
     longest = turns - turns % 2
     assert longest >= 2, f"a chat of {turns} turns has no answer"
     for conversation in conversations:
-        if split(conversation, held_out) != "held_out":
-            answered = conversation.turns[: len(conversation.turns) // 2 * 2]
-            for start in range(0, len(answered), longest):
-                yield _messages(answered[start : start + longest])
+        answered = conversation.turns[: len(conversation.turns) // 2 * 2]
+        for start in range(0, len(answered), longest):
+            yield _messages(answered[start : start + longest])
 
 
 def _conversation(id: str, entry: dict[str, Any]) -> Conversation:
