@@ -223,7 +223,7 @@ class _Probe:
 
     def answered(self, layer: Layer) -> Outcome:
         """Asked in every way; returns what came of the trained wording, alone."""
-        ways = [
+        ways: list[tuple[str, str, bool, list[Sequence[Message]]]] = [
             ("facts_answered", "in a trained wording", False, []),
             ("facts_answered_held_wording", "in a held-out wording", True, []),
         ]
