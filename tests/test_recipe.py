@@ -39,7 +39,7 @@ def test_depth_alone_widens_the_model_and_lowers_the_learning_rate() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("sft.token=5", "unknown key 'sft.token'. Did you mean 'tokens'?"),
+        ("sft.token=5", "unknown key 'sft.token'. Did you mean 'sft.tokens'?"),
         ("dept=5", "unknown key 'dept'. Did you mean 'depth'?"),
         ("sft.tokens=-5", "sft.tokens"),
         ("depth='six'", "depth"),
@@ -51,6 +51,35 @@ def test_a_bad_override_is_named_with_what_to_do(override: str, said: str) -> No
     with pytest.raises(UserError) as caught:
         recipe.load("tiny", [override])
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sft.tokens=abc", "sft.tokens: must be a whole number (given: 'abc')"),
+        ("sft.tokens=1.5", "sft.tokens: must be a whole number (given: 1.5)"),
+        ("rl.epochs=0", "rl.epochs: must be greater than or equal to 1 (given: 0)"),
+        (
+            "pretrain.cross_documents=maybe",
+            "pretrain.cross_documents: must be true or false (given: 'maybe')",
+        ),
+        ("pretrain.sources=[]", "pretrain.sources: must have at least one entry (given: [])"),
+        (
+            'sft.sources=[{path="x",shar=1}]',
+            "unknown key 'sft.sources.0.shar'. Did you mean 'sft.sources.0.share'?",
+        ),
+        ("sft.sources=[{share=1}]", "the key 'sft.sources.0.path' is missing"),
+        ("sft=3", "sft: must be a section with keys of its own (given: 3)"),
+        (
+            "tokens=5",
+            "unknown key 'tokens'. It is a key of a section: pretrain.tokens, sft.tokens, reward.tokens, rl.tokens.",
+        ),
+    ],
+)
+def test_a_bad_value_is_named_once_in_words_that_do_not_speak_of_python(override: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        recipe.load("tiny", [override])
+    assert str(caught.value) == f"tiny: {said}"
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

@@ -304,7 +304,11 @@ def validate(data: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
+        problems = error.errors()
+        # A list with a bad entry is also reported as too short: what is wrong inside it says it all.
+        inner = {problem["loc"][:end] for problem in problems for end in range(1, len(problem["loc"]))}
+        said = [_explain(problem) for problem in problems if problem["loc"] not in inner]
+        raise UserError(f"{where}: {'; '.join(said)}") from error
 
 
 def dumps(recipe: Recipe) -> str:
@@ -341,25 +345,59 @@ def _override(data: dict[str, Any], override: str) -> None:
     data[last] = value
 
 
+# What pydantic calls a problem → what a person is told, where pydantic's own words speak of Python.
+_SAID = {
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "dict_type": "must be a section with keys of its own",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "model_type": "must be a section with keys of its own",
+    "string_pattern_mismatch": "may hold letters, digits, '.', '_' and '-', and begins with a letter or a digit",
+    "string_type": "must be text in quotes",
+    "too_short": "must have at least one entry",
+    "tuple_type": "must be a list in brackets",
+}
+
+
 def _explain(problem: Any) -> str:
     path = [str(part) for part in problem["loc"]]
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}.{nearest(path[-1], _keys(path[:-1]))}"
+        return f"unknown key {key!r}.{_meant(path)}"
     if problem["type"] == "missing":
         return f"the key {key!r} is missing"
+    said = _SAID.get(
+        problem["type"], problem["msg"].replace("Input should", "must").removeprefix("Value error, ")
+    )
     given = "" if isinstance(problem.get("input"), dict) else f" (given: {problem.get('input')!r})"
-    return f"{key}: {problem['msg']}{given}" if key else str(problem["msg"])
+    return f"{key}: {said}{given}" if key else said
+
+
+def _meant(path: Sequence[str]) -> str:
+    """The end of a message about an unknown key: the nearest of its section, or the sections that have one so named."""
+    *sections, last = path
+    if not sections:
+        owners = [name for name in Recipe.model_fields if last in _keys([name])]
+        if owners:
+            return f" It is a key of a section: {', '.join(f'{owner}.{last}' for owner in owners)}."
+    here = "".join(f"{section}." for section in sections)
+    return nearest(here + last, [here + key for key in _keys(sections)])
 
 
 def _keys(path: Sequence[str]) -> list[str]:
-    """The valid keys of the section at this path (list indices are passed over)."""
+    """The valid keys of the section at this path (list indices are passed over); none where it is no section."""
     model: type[BaseModel] = Recipe
     for part in path:
         if part.isdigit():
             continue
-        annotation = model.model_fields[part].annotation
-        model = next(kind for kind in _models(annotation))
+        sections = _models(model.model_fields[part].annotation)
+        if not sections:
+            return []
+        model = sections[0]
     return list(model.model_fields)
 
 

@@ -26,7 +26,7 @@ def said(
     ("arguments", "words"),
     [
         (["run", "tinny"], ["tinny", "Did you mean 'tiny'?"]),
-        (["run", "tiny", "--set", "sft.token=5"], ["sft.token", "Did you mean 'tokens'?"]),
+        (["run", "tiny", "--set", "sft.token=5"], ["sft.token", "Did you mean 'sft.tokens'?"]),
         (["run", "tiny", "--from", "stf"], ["stf", "Did you mean 'sft'?"]),
         (["run", "tiny", "--device", "quantum"], ["quantum", "cpu"]),
         (["run", "absent.toml"], ["absent.toml"]),

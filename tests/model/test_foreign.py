@@ -8,7 +8,9 @@ from tiny_models import CONFIGS, decoder, token_ids
 
 from unmask.errors import UserError
 from unmask.generation.engine import generate
+from unmask.lineage import Checkpoint
 from unmask.model import foreign, weights
+from unmask.model.config import NotCovered
 
 transformers = pytest.importorskip("transformers")
 
@@ -45,6 +47,28 @@ def test_logits_from_hidden_states_and_head_are_those_of_transformers(config: ob
     assert model.head.shape == (96, 32)
     assert model.config.vocab_size == 96
     assert model.config.max_position_embeddings >= 64
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+        {"hidden_act": "gelu"},
+    ],
+    ids=["linear", "yarn", "gelu"],
+)
+def test_what_our_decoder_does_not_cover_of_a_family_of_ours_is_run_by_transformers(
+    changes: dict[str, object], tmp_path: Path
+) -> None:
+    config = transformers.LlamaConfig(**SMALL, intermediate_size=48, max_position_embeddings=64, **changes)
+    directory, ids = saved(config, tmp_path), token_ids(2, 12)
+    model = Checkpoint.open(directory).model()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(NotCovered):
+        weights.load(directory)
 
 
 def test_it_writes_what_transformers_writes_from_prompts_of_unequal_length(tmp_path: Path) -> None:

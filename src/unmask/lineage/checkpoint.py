@@ -20,7 +20,7 @@ from unmask.lineage import record as records
 from unmask.lineage.contents import short
 from unmask.lineage.record import Record, Reference
 from unmask.model import foreign, weights
-from unmask.model.config import FAMILIES, SCORING
+from unmask.model.config import SCORING, NotCovered
 from unmask.model.foreign import LanguageModel
 from unmask.model.scorer import Scorer
 from unmask.text.tokenizer import Tokenizer
@@ -69,12 +69,14 @@ class Checkpoint:
         return Tokenizer.load(self.path)
 
     def model(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LanguageModel | Scorer:
-        """The weights as they lie on disk, by transformers (extra `hf`) for a family that is not ours. Nothing is
-        verified here: `problems` and `Lineage.load` do."""
-        kind = self.config.get("model_type")
-        if isinstance(kind, str) and kind not in FAMILIES:
+        """The weights as they lie on disk; a language model that our decoder does not cover is run by transformers
+        (extra `hf`). Nothing is verified here: `problems` and `Lineage.load` do."""
+        try:
+            return weights.load(self.path, dtype=dtype, device=device)
+        except NotCovered:
+            if not self.is_language_model:
+                raise
             return foreign.open(self.path, dtype=dtype, device=device)
-        return weights.load(self.path, dtype=dtype, device=device)
 
     def problems(self) -> list[str]:
         """What here is not as the record says; each a sentence with what, where and what to do."""

@@ -24,6 +24,10 @@ LIMITS = {
 LLAMA3_RULE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
+class NotCovered(UserError):
+    """A model that is whole, as far as can be seen, and whose like this decoder is not; transformers may run it."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes and switches of one decoder, under Hugging Face's names.
@@ -142,11 +146,12 @@ class ModelConfig:
     def from_hf(config: Mapping[str, Any]) -> "ModelConfig":
         """Read the content of a `config.json`. Where a key is absent, transformers' default holds.
 
-        Code that a config names (`auto_map`) is never looked at. UserError for what this decoder does not do.
+        Code that a config names (`auto_map`) is never looked at. NotCovered for what this decoder does not do,
+        UserError for what is wrong.
         """
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
-            raise UserError(
+            raise NotCovered(
                 f"model_type {model_type!r} is none of {', '.join(FAMILIES)}; other families open "
                 "through transformers (extra `hf`)"
             )
@@ -154,7 +159,8 @@ class ModelConfig:
         architecture = (words(config, "architectures") or [family + CAUSAL])[0]
         if architecture not in (family + CAUSAL, family + SCORING):
             raise UserError(f"the architecture {architecture!r} is not of the model_type {model_type!r}")
-        refuse(config, "quantization_config", None)
+        if config.get("quantization_config") is not None:
+            raise UserError("quantization_config: quantized weights are not supported")
         refuse(config, "hidden_act", "silu")
         refuse(config, "partial_rotary_factor", 1.0)
         if architecture == family + SCORING:
@@ -269,7 +275,7 @@ def flag(config: Mapping[str, Any], name: str) -> bool:
 
 def refuse(config: Mapping[str, Any], name: str, known: object) -> None:
     if config.get(name) not in (None, known):
-        raise UserError(f"{name} {config[name]!r} is not supported here")
+        raise NotCovered(f"{name} {config[name]!r} is not supported here")
 
 
 def words(config: Mapping[str, Any], name: str) -> list[str] | None:
@@ -297,7 +303,7 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, float] | None
         raise UserError(f"rope_parameters must be an object, not {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise UserError(f"rope_type {kind!r} is not supported here; default and llama3 are")
+        raise NotCovered(f"rope_type {kind!r} is not supported here; default and llama3 are")
     refuse(rope, "partial_rotary_factor", 1.0)
     theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
     if kind == "default":

@@ -120,7 +120,7 @@ def read_config(directory: Path) -> ModelConfig:
     try:
         return ModelConfig.from_hf(config)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise type(error)(f"{path}: {error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
