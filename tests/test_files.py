@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,23 +95,40 @@ def test_an_existing_directory_is_never_replaced(tmp_path: Path, when: str) -> N
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which file a descriptor is")
-def test_every_file_reaches_the_disk_before_the_directory_gets_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events = []
-    fsync, rename = os.fsync, Path.rename
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what was forced to the disk, and RENAME where something got its name."""
+    if sys.platform != "linux":
+        pytest.skip("asks /proc which file a descriptor is")
+    events: list[str] = []
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
 
     def noted_fsync(descriptor: int) -> None:
         events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         fsync(descriptor)
 
-    def noted_rename(self: Path, target: Path) -> Path:
+    def noted(self: Path, target: Path, by: Callable[[Path, Path], Path]) -> Path:
         events.append("RENAME")
-        return rename(self, target)
+        return by(self, target)
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(Path, "rename", noted_rename)
+    monkeypatch.setattr(Path, "rename", lambda self, target: noted(self, target, rename))
+    monkeypatch.setattr(Path, "replace", lambda self, target: noted(self, target, replace))
+    return events
+
+
+def test_a_file_reaches_the_disk_before_it_gets_its_name_and_its_name_after(
+    tmp_path: Path, events: list[str]
+) -> None:
+    files.write_atomic(tmp_path / "summary.json", "new")
+    written, *rest = events
+    assert "summary.json.tmp-" in written
+    assert rest == ["RENAME", tmp_path.name]
+
+
+def test_every_file_reaches_the_disk_before_the_directory_gets_its_name(
+    tmp_path: Path, events: list[str]
+) -> None:
     with files.atomic_directory(tmp_path / "model") as temporary:
         (temporary / "sub").mkdir()
         (temporary / "sub" / "a").write_text("a")

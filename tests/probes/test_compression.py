@@ -2,7 +2,9 @@
 
 import copy
 import math
+import random
 import shutil
+import string
 import subprocess
 
 import pytest
@@ -85,11 +87,21 @@ def test_a_limit_is_spread_over_many_documents_and_no_limit_takes_all():
 
 @pytest.mark.skipif(shutil.which("xz") is None, reason="needs the xz command")
 def test_xz_is_what_the_command_makes_of_the_same_bytes(layers):
-    found = pick(compression(layers[:1], documents(), limit_bytes=None), "bits_per_byte_xz", "one", "base")
-    data = b"".join(passage.data for passage in passages(documents(), None) if passage.source == "one")
-    packed = subprocess.run(["xz", "-9e", "-T1", "-c"], input=data, capture_output=True, check=True).stdout
+    draw = random.Random(0)
+    words = ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(2, 9))) for _ in range(400)]
+    text = " ".join(draw.choices(words, k=3000))  # of which `xz -9` without `e` makes something else
+    found = pick(
+        compression(layers[:1], [Document(text, "one")], limit_bytes=None), "bits_per_byte_xz", "one", "base"
+    )
+    packed, other = (
+        subprocess.run(
+            ["xz", preset, "-T1", "-c"], input=text.encode(), capture_output=True, check=True
+        ).stdout
+        for preset in ("-9e", "-9")
+    )
+    assert len(packed) != len(other)
     assert found.exact
-    assert found.value == pytest.approx(8 * len(packed) / len(data), abs=8 * 16 / len(data))
+    assert found.value == pytest.approx(8 * len(packed) / len(text), abs=1e-9)
 
 
 def test_a_change_is_the_difference_of_the_levels_and_nothing_for_a_copy(layers):
