@@ -49,6 +49,14 @@ class Rendered(NamedTuple):
     ids: list[int]
     trained: list[bool]
 
+    def last_answer(self) -> "Rendered":
+        """The same ids, of which only the last of the assistant's turns is trained on."""
+        end = max((place for place, each in enumerate(self.trained, 1) if each), default=0)
+        start = end
+        while start and self.trained[start - 1]:
+            start -= 1
+        return Rendered(self.ids, [start <= place < end for place in range(len(self.ids))])
+
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message], *, open_turn: bool = False) -> Rendered:
     """The ids of a conversation; with `open_turn`, up to where the assistant is about to speak.
