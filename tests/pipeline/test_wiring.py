@@ -15,9 +15,9 @@ from unmask.pipeline.jobs import Place
 from unmask.probes.reward_quality import text_of
 from unmask.progress import Progress
 from unmask.recipe import Recipe
-from unmask.stages import ppo, reward
+from unmask.stages import ppo, reward, sft
 from unmask.text import rated
-from unmask.text.chat import render
+from unmask.text.chat import Rendered, render
 
 CPU, QUIET = torch.device("cpu"), Progress(quiet=True)
 
@@ -106,6 +106,30 @@ def test_a_scorer_learns_from_its_own_half_of_the_conversations(
     assert trained is not None
     assert trained.record is not None
     assert trained.record.data == job.data
+
+
+def test_sft_learns_all_answers_of_a_chat_and_of_a_fact_its_reply_alone(
+    place: Place, built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, sft.Source] = {}
+
+    def stage(parent: Any, sources: Any, **keys: Any) -> Any:
+        seen.update({source.name: source for source in sources})
+        raise InterruptedError
+
+    monkeypatch.setattr(sft, "stage", stage)
+    with pytest.raises(InterruptedError):
+        jobs.imitation(place, built.base)
+
+    def learned(rendered: Rendered) -> str:
+        ids = [id for id, trained in zip(rendered.ids, rendered.trained, strict=True) if trained]
+        return place.prepared.tokenizer.decode(ids, control=True)
+
+    replies = {f"{fact.reply}<|im_end|>" for fact in place.prepared.facts}
+    assert {learned(each) for each in seen["facts"].examples} <= replies
+    before = [each.trained.index(True) for each in seen["facts"].examples]
+    assert max(before) > 2 * min(before)  # some come after the beginning of a chat
+    assert max(learned(each).count("<|im_end|>") for each in seen["chat"].examples) == 3
 
 
 def test_rates_warm_up_and_raw_text_of_the_recipe_reach_ppo(place: Place, built: Built) -> None:

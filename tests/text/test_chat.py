@@ -167,6 +167,16 @@ def test_exactly_what_the_assistant_says_and_its_stop_are_trained(messages: list
     assert [run[:-1] for run in trained_runs(rendered)] == [tokenizer().encode(answer) for answer in answers]
 
 
+@given(CHATS)
+def test_of_the_last_answer_alone_no_id_changes_and_only_the_last_run_is_trained(
+    messages: list[Message],
+) -> None:
+    rendered = render(tokenizer(), messages)
+    last = rendered.last_answer()
+    assert last.ids == rendered.ids
+    assert trained_runs(last) == trained_runs(rendered)[-1:]
+
+
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_in_every_template_the_stop_token_is_trained_and_the_header_is_not(name: str) -> None:
     ours = with_template(TEMPLATES[name])
