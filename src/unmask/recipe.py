@@ -136,7 +136,7 @@ class RlSection(Section):
     decay: float = Field(default=0.5, ge=0, le=1)
     lr_floor: float = Field(default=0.0, ge=0, le=1)
     clip: float = Field(default=1.0, gt=0)
-    kl: float = Field(default=0.5, ge=0)  # what a nat from SFT costs, in standard deviations of the score
+    kl: float = Field(default=0.75, ge=0)  # what a nat from SFT costs, in standard deviations of the score
     gamma: float = Field(default=1.0, ge=0, le=1)
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     ratio_clip: float = Field(default=0.2, gt=0)

@@ -52,7 +52,7 @@ class PPOSettings:
     minibatches: int = 1
     micro_tokens: int = 8192  # of a forward pass, padding included
     rows: int = 64  # answers that are generated side by side
-    kl: float = 0.5  # reward lost for each nat of kl_child_parent, in standard deviations: see PPO
+    kl: float = 0.75  # reward lost for each nat of kl_child_parent, in standard deviations: see PPO
     gamma: float = 1.0
     gae_lambda: float = 0.95
     ratio_clip: float = 0.2
