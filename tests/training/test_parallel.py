@@ -46,9 +46,9 @@ def touch(size: int) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux only")
 def test_the_peak_of_memory_is_that_since_the_reset() -> None:
-    touch(64 << 20)
+    touch(512 << 20)
     parallel.reset_peak_memory(CPU)
     low = parallel.peak_memory(CPU)
     touch(48 << 20)
     rise = parallel.peak_memory(CPU) - low
-    assert 40 << 20 < rise < 60 << 20
+    assert 40 << 20 < rise < 256 << 20  # far below the first: what the kernel had put aside may come back

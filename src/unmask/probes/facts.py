@@ -152,8 +152,9 @@ def planted_facts(
     share; `null_specific` is the share in the group that was taught nowhere.
     """
     same_tokenizer(layers)
-    probe = _Probe(scored(facts, limit, seed), floor_limit, max_new_tokens, seed)
-    probe.after = _drawn(layers, probe.facts, beginnings, max_new_tokens, seed)
+    asked = scored(facts, limit, seed)
+    after = _drawn(layers, asked, beginnings, max_new_tokens, seed)
+    probe = _Probe(asked, after, floor_limit, max_new_tokens, seed)
     completions = [probe.completed(layer) for layer in layers]
     below: Outcome | None = None
     for i, layer in enumerate(layers[1:], 1):
@@ -205,13 +206,19 @@ class Outcome(NamedTuple):
 class _Probe:
     """The facts asked of one layer after another, and the findings so far."""
 
-    def __init__(self, facts: list[PlantedFact], floor_limit: int, max_new_tokens: int, seed: int) -> None:
-        self.facts, self.max_new_tokens, self.seed = facts, max_new_tokens, seed
+    def __init__(
+        self,
+        facts: list[PlantedFact],
+        after: list[Sequence[Message]],
+        floor_limit: int,
+        max_new_tokens: int,
+        seed: int,
+    ) -> None:
+        self.facts, self.after, self.max_new_tokens, self.seed = facts, after, max_new_tokens, seed
         self.groups = np.array([fact.group for fact in facts])
         self.countries = np.array([fact.country for fact in facts])
         self.few = np.sort(np.concatenate([np.flatnonzero(self.groups == g)[:floor_limit] for g in GROUPS]))
         self.few_facts = [facts[i] for i in self.few]
-        self.after: list[Sequence[Message]] = []
         self.findings: list[Finding] = []
         self.meter = Meter()
 
