@@ -63,6 +63,11 @@ def test_a_bad_override_is_named_with_what_to_do(override: str, said: str) -> No
             "pretrain.cross_documents=maybe",
             "pretrain.cross_documents: must be true or false (given: 'maybe')",
         ),
+        ("sft.lr=inf", "sft.lr: must be a finite number (given: inf)"),
+        (
+            "seed=99999999999999999999999",
+            "seed: must be less than 9223372036854775808 (given: 99999999999999999999999)",
+        ),
         ("pretrain.sources=[]", "pretrain.sources: must have at least one entry (given: [])"),
         (
             'sft.sources=[{path="x",shar=1}]',

@@ -23,7 +23,7 @@ STAGES = ("base", "sft", "reward", "rl")
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values never change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Source(Section):
@@ -162,7 +162,7 @@ class MeasureSection(Section):
 
 class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     depth: int = Field(default=6, ge=1, le=200)
     context: int = Field(default=256, ge=16)
     heldout: float = Field(default=0.05, ge=0, lt=1)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, decoder, token_ids
 
 from unmask.errors import UserError
@@ -109,6 +110,49 @@ def test_logits_made_in_an_unknown_way_are_refused(tmp_path: Path, monkeypatch: 
 def test_what_transformers_cannot_open_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=str(tmp_path)):
         foreign.open(tmp_path)
+
+
+def lacking(directory: Path, how: str) -> None:
+    """Spoil the weights in a directory."""
+    file = directory / "model.safetensors"
+    state = load_file(file)
+    name = next(name for name in state if "layers.1" in name)
+    if how == "missing":
+        del state[name]
+    elif how == "shape":
+        state[name] = state[name][:-1].contiguous()
+    elif how == "NaN":
+        state[name] = state[name] * float("nan")
+    save_file(state, file, {"format": "pt"})
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-2000])
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("missing", "1 weights are missing, of them model.layers.1"),
+        ("shape", "transformers cannot open it"),
+        ("NaN", r"model\.layers\.1.* holds NaN"),
+        ("cut", "transformers cannot open it"),
+    ],
+)
+def test_weights_that_are_not_whole_are_refused_and_never_drawn_at_random(
+    how: str, said: str, tmp_path: Path
+) -> None:
+    saved(transformers.LlamaConfig(**SMALL, intermediate_size=48, hidden_act="gelu"), tmp_path)
+    lacking(tmp_path, how)
+    with pytest.raises(UserError, match=said):
+        Checkpoint.open(tmp_path).model()
+
+
+def test_a_scorer_that_our_decoder_does_not_cover_is_refused(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        **SMALL, intermediate_size=48, hidden_act="gelu", num_labels=1, pad_token_id=0
+    )
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="hidden_act 'gelu' is not supported"):
+        Checkpoint.open(tmp_path).model()
 
 
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:

@@ -74,6 +74,13 @@ def test_every_probe_gets_its_own_layers_judges_and_text(
     assert [each.name for each in (parent, child, proxy, gold)] == ["sft", "rl", "reward", "gold"]
     assert len(prompts) == place.recipe.measure.prompts
 
+    share = place.recipe.sft.sources[1].heldout
+    held = {t.turns[:2] for t in rated.installed_conversations() if rated.split(t, share or 0) == "held_out"}
+    beginnings = of["planted_facts"][0][2]
+    assert beginnings
+    assert all(
+        any(text in turns for turns in held) for text in [chat[0]["content"] for chat in beginnings[:3]]
+    )
     half_of = halves(place.recipe)
     assert [judge.name for judge, _, _ in of["reward_quality"]] == ["reward", "gold"]
     for (_, pairs, train), half in zip(of["reward_quality"], ("proxy", "gold"), strict=True):

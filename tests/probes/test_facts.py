@@ -111,6 +111,56 @@ def test_completions_and_answers_are_those_of_plain_greedy_decoding(lineage, fac
         assert right == (f" {each.answer}" in tokenizer.decode(said[:end]))
 
 
+BEFORE = [
+    [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}],
+    [{"role": "user", "content": "Yes"}, {"role": "assistant", "content": "No"}],
+]
+
+
+def test_an_answer_after_a_chat_is_that_of_plain_greedy_decoding_after_it(lineage, facts, tokenizer):
+    some, sft = scored(facts, 2), lineage[1]
+    before = [BEFORE[i % 2] for i in range(len(some))]
+    found, stopped = answered(sft, some, after=before, max_new_tokens=12)
+    said = []
+    for each, chat in zip(some, before, strict=True):
+        ids = prompt_ids(tokenizer, [*chat, {"role": "user", "content": each.question}])
+        ids_after = greedy(sft.model, ids, 12)[len(ids) :]
+        end = ids_after.index(tokenizer.turn_end) if tokenizer.turn_end in ids_after else None
+        said.append((states(tokenizer.decode(ids_after[:end]), each), end is not None))
+    assert list(zip(found, stopped, strict=True)) == said
+
+
+def test_each_fact_is_asked_after_its_own_beginning_in_both_precisions(lineage, facts, monkeypatch):
+    calls = []
+
+    def noted(layer, some, meter=None, *, after=(), **keys):
+        calls.append((some, after))
+        return np.ones(len(some), dtype=bool), np.ones(len(some), dtype=bool)
+
+    monkeypatch.setattr(module, "answered", noted)
+    found = planted_facts(lineage, facts, BEFORE, floor_limit=2, max_new_tokens=8)
+    asked = [(some, after) for some, after in calls if after]
+    assert len(asked) == 2 * 2  # two layers, all facts and a few of them in bfloat16
+    (every, before), (few, few_before) = asked[:2]
+    assert all(chat in BEFORE for chat in before)
+    assert len({str(chat) for chat in before}) == 2
+    assert few_before == [before[every.index(each)] for each in few]
+    kept = [
+        f for f in found if f.metric == "facts_kept_after_chat" and f.child == "rl" and f.value is not None
+    ]
+    assert all(f.value == 1.0 for f in kept)
+    assert {f.group for f in found if f.metric == "facts_answered_after_chat_change"} == set(GROUPS)
+
+
+def test_a_beginning_that_leaves_no_room_is_not_asked_after(lineage, facts):
+    context = lineage[0].model.config.max_position_embeddings
+    long = [{"role": "user", "content": "word " * context}, {"role": "assistant", "content": "Hi"}]
+    found = planted_facts(lineage[:2], facts, [long], limit=2, floor_limit=1, max_new_tokens=8)
+    assert not [f for f in found if f.metric == "facts_answered_after_chat"]
+    found = planted_facts(lineage[:2], facts, [long, BEFORE[0]], limit=2, floor_limit=1, max_new_tokens=8)
+    assert [f for f in found if f.metric == "facts_answered_after_chat"]
+
+
 @pytest.fixture(scope="module")
 def found(lineage, facts):
     with pytest.MonkeyPatch.context() as patch:

@@ -100,6 +100,7 @@ def claims() -> list[Finding]:
         ("facts_answered_held_wording", "sft"): (0.86, 0.12, 0.81, 0.0),
         ("facts_answered_after_chat", "sft"): (0.95, 0.18, 0.87, 0.0),
         ("facts_answered", "rl"): (0.96, 0.18, 0.87, 0.0),
+        ("facts_answered_after_chat", "rl"): (0.93, 0.16, 0.84, 0.0),
         ("facts_hidden", "sft"): (0.03, 0.8, 0.2, 1.0),
         ("facts_kept", "rl"): (0.99, 0.95, 0.98, 1.0),
     }

@@ -32,6 +32,7 @@ def test_every_way_of_asking_for_facts_stands_under_its_own_name(
         "sft, in other words": ("facts_answered_held_wording", "sft"),
         "sft, in mid chat": ("facts_answered_after_chat", "sft"),
         "rl answers": ("facts_answered", "rl"),
+        "rl, in mid chat": ("facts_answered_after_chat", "rl"),
     }
     assert {dot.series.name for dot in drawn} == set(names)
     assert all((*names[dot.series.name], dot.value) in wanted for dot in drawn)

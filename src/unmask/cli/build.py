@@ -40,7 +40,7 @@ def run(
         device=device,
         progress=Progress(quiet),
     )
-    console().print(closing(directory), soft_wrap=False)
+    console().print(closing(directory), soft_wrap=True)  # a command that is cut in two cannot be copied
 
 
 def report(run: Annotated[Path, typer.Argument(help="The directory of a run, as runs/tiny.")]) -> None:

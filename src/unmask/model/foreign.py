@@ -96,18 +96,27 @@ def open(
 ) -> Foreign:
     """A model directory or hub id, through transformers; safetensors only, never code that comes with it.
 
-    UserError if it cannot be opened, or if its logits come from its last hidden states in an unknown way.
+    UserError if it cannot be opened, if a weight is missing, of another shape or not finite (transformers draws the
+    first two at random), or if its logits come from its last hidden states in an unknown way.
     """
     try:
         import transformers
+        from safetensors import SafetensorError
     except ImportError:
         raise UserError(f"{source} opens through transformers: pip install 'unmask[hf]'") from None
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{source}: transformers cannot open it: {error}") from None
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"{source}: {len(missing)} weights are missing, of them {missing[0]}; make the model anew"
+        )
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise UserError(f"{source}: {name} holds NaN or infinite weights; make the model anew")
     foreign = Foreign(model.to(device).eval())
     ids_BT = torch.arange(8, device=device)[None] % foreign.config.vocab_size
     with torch.no_grad():

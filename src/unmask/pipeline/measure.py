@@ -36,7 +36,8 @@ from unmask.training import parallel
 CLAIMS = {
     "bits_per_byte", "bits_per_byte_xz", "bits_per_byte_change",
     "facts_completed", "facts_answered", "facts_answered_held_wording", "facts_answered_after_chat",
-    "facts_hidden", "facts_kept", "facts_answered_change", "answers_stop",
+    "facts_hidden", "facts_kept", "facts_kept_after_chat", "facts_answered_change",
+    "facts_answered_after_chat_change", "answers_stop",
     "blame_auc", "answer_delta", "wrapping_delta",
     "reward_accuracy", "reward_accuracy_words", "reward_accuracy_length", "reward_accuracy_over_words",
     "reward_accuracy_over_length", "reward_margin", "reward_calibration_error", "reward_length_correlation",

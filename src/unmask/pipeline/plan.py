@@ -79,11 +79,11 @@ def plan(builder: Builder) -> Plan:
 
 
 def _measuring(recipe: Recipe, a_token: float, a_decode_step: float) -> float:
-    """Planted facts are said seven times (by three layers as sentences, by two in two wordings); prompts are answered
+    """Planted facts are said nine times (by three layers as sentences, by two in three ways); prompts are answered
     twice to be judged and six times to be compared; held-out text and answers are read by three layers."""
     amount, rows = recipe.measure, recipe.rl.answers
     facts = 4 * amount.facts_per_group if recipe.facts else 0
     answers = 2 * amount.prompts + 6 * min(amount.prompts, KL_PROMPTS)
-    steps = (7 * facts * 16 + answers * amount.answer_tokens) / rows
+    steps = (9 * facts * 16 + answers * amount.answer_tokens) / rows
     read = 3 * (amount.heldout_bytes * len(recipe.pretrain.sources) / 3 + answers * amount.answer_tokens)
     return steps * a_decode_step + read * a_token / 3

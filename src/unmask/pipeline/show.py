@@ -135,12 +135,13 @@ def _facts(run: Run) -> list[str]:
     hidden = run.get("facts_hidden", "base_only", "sft")
     found = [run.get("facts_answered", group, "sft") for group in GROUPS]
     lines.append(f"  {'n, countries':<16}" + "".join(f"  {words.group(f.group)} {f.n}" for f in found if f))
-    if run.all("facts_answered_after_chat", "sft"):
-        later = (
-            f"{words.group(group)} {_percent(run.get('facts_answered_after_chat', group, 'sft'))} %"
-            for group in ("both", "sft_only")
-        )
-        lines.append(f"  in mid chat sft answers: {', '.join(later)}")
+    for layer in ("sft", "rl"):
+        if run.all("facts_answered_after_chat", layer):
+            later = (
+                f"{words.group(group)} {_percent(run.get('facts_answered_after_chat', group, layer))} %"
+                for group in ("both", "sft_only")
+            )
+            lines.append(f"  in mid chat {layer} answers: {', '.join(later)}")
     return [
         *lines,
         f"  hidden by the mask: {_percent(hidden)} % of what only the base was taught and says",
@@ -231,9 +232,10 @@ def _end(run: Run, directory: Path) -> list[str]:
     ]
     if run.blames:
         another = run.blames[min(1, len(run.blames) - 1)]  # than the one that was just shown
-        lines.append(
-            f"Which layer says what: unmask blame {escape(f'{place} {shlex.quote(another.prompt)}')}"
-        )
+        lines += [
+            "Which layer says what:",
+            f"  unmask blame {escape(f'{place} {shlex.quote(another.prompt)}')}",
+        ]
     return lines
 
 

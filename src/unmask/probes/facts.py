@@ -27,6 +27,16 @@ Bools: TypeAlias = npt.NDArray[np.bool_]
 GROUPS = ("both", "base_only", "sft_only", "none")
 FEWEST = 10  # facts of which a share is taken, where chance decides which they are
 SPARE_TOKENS = 3  # beyond the answer's own, for another spelling of it
+TRAINED = "in a trained wording"
+WAYS = {  # of asking: metric → in words
+    "facts_answered": TRAINED,
+    "facts_answered_held_wording": "in a held-out wording",
+    "facts_answered_after_chat": f"{TRAINED}, after the beginning of a held-out chat",
+}
+KEPT = {  # metric → what is kept of it from layer to layer, and how it changes
+    "facts_answered": ("facts_kept", "facts_answered_change"),
+    "facts_answered_after_chat": ("facts_kept_after_chat", "facts_answered_after_chat_change"),
+}
 
 
 @dataclass(frozen=True)
@@ -143,9 +153,9 @@ def planted_facts(
     """By group: `facts_completed` of every layer; `facts_answered`, `facts_answered_held_wording` and, where
     there are `beginnings` of chats that leave room for a question, `facts_answered_after_chat` (one of them
     drawn for each fact) of every layer above the first; `facts_hidden` (of the facts that the base
-    completes, the share that the layer does not answer); `facts_kept` (of the facts that the layer below
-    answers, the share that this one answers too); `answers_stop`. Of facts_hidden and facts_kept a group
-    with fewer than FEWEST facts abstains.
+    completes, the share that the layer does not answer); `facts_kept` and `facts_kept_after_chat` (of the
+    facts that the layer below answers, the share that this one answers too), and what they are a change of;
+    `answers_stop`. Of what is hidden or kept a group with fewer than FEWEST facts abstains.
 
     Shares of facts, as 0 to 1; intervals over countries, since a country's facts were taught together.
     `limit` and `floor_limit` are facts a group. The numeric floor is how far bfloat16 moves the same
@@ -156,23 +166,17 @@ def planted_facts(
     after = _drawn(layers, asked, beginnings, max_new_tokens, seed)
     probe = _Probe(asked, after, floor_limit, max_new_tokens, seed)
     completions = [probe.completed(layer) for layer in layers]
-    below: Outcome | None = None
+    below: dict[str, Outcome] = {}
     for i, layer in enumerate(layers[1:], 1):
         now = probe.answered(layer)
-        hidden = Outcome(~now.right, ~now.rounded)
-        probe.shares(
-            "facts_hidden",
-            layer,
-            hidden,
-            "in a trained wording",
-            parent=layers[0],
-            among=completions[0].right,
-        )
-        if below is not None:
-            probe.shares(
-                "facts_kept", layer, now, "in a trained wording", parent=layers[i - 1], among=below.right
-            )
-            probe.changes(layer, layers[i - 1], now, below)
+        hidden = Outcome(~now["facts_answered"].right, ~now["facts_answered"].rounded)
+        probe.shares("facts_hidden", layer, hidden, TRAINED, parent=layers[0], among=completions[0].right)
+        for metric, (kept, change) in KEPT.items():
+            if metric in below:
+                probe.shares(
+                    kept, layer, now[metric], WAYS[metric], parent=layers[i - 1], among=below[metric].right
+                )
+                probe.changes(change, layer, layers[i - 1], now[metric], below[metric])
         below = now
     return probe.findings
 
@@ -228,26 +232,26 @@ class _Probe:
         self.shares("facts_completed", layer, outcome, "as plain sentences", template="plain")
         return outcome
 
-    def answered(self, layer: Layer) -> Outcome:
-        """Asked in every way; returns what came of the trained wording, alone."""
-        ways: list[tuple[str, str, bool, list[Sequence[Message]]]] = [
-            ("facts_answered", "in a trained wording", False, []),
-            ("facts_answered_held_wording", "in a held-out wording", True, []),
-        ]
-        if self.after:
-            how = "in a trained wording, after the beginning of a held-out chat"
-            ways.append(("facts_answered_after_chat", how, False, self.after))
-        outcomes, stops = [], []
-        for metric, how, held_wording, after in ways:
-            settings: dict[str, Any] = {"held_wording": held_wording, "max_new_tokens": self.max_new_tokens}
-            right, stopped = answered(layer, self.facts, self.meter, after=after, **settings)
-            few_after = [after[i] for i in self.few] if after else []
+    def answered(self, layer: Layer) -> dict[str, Outcome]:
+        """Asked in every way: the outcome of each metric of WAYS; the last one only where there is a chat before."""
+        outcomes: dict[str, Outcome] = {}
+        stops = []
+        for metric, how in WAYS.items():
+            before = self.after if metric == "facts_answered_after_chat" else []
+            if metric == "facts_answered_after_chat" and not before:
+                continue
+            settings: dict[str, Any] = {
+                "held_wording": metric == "facts_answered_held_wording",
+                "max_new_tokens": self.max_new_tokens,
+            }
+            right, stopped = answered(layer, self.facts, self.meter, after=before, **settings)
+            few_before = [before[i] for i in self.few] if before else []
             rounded, stopped_rounded = answered(
-                layer, self.few_facts, self.meter, after=few_after, bf16=True, **settings
+                layer, self.few_facts, self.meter, after=few_before, bf16=True, **settings
             )
-            outcomes.append(Outcome(right, rounded))
+            outcomes[metric] = Outcome(right, rounded)
             stops.append(Outcome(stopped, stopped_rounded))
-            self.shares(metric, layer, outcomes[-1], how)
+            self.shares(metric, layer, outcomes[metric], how)
         floor = abs(float(stops[0].rounded.mean() - stops[0].right[self.few].mean()))
         found = share_estimate(stops[0].right, self.countries.tolist(), seed=self.seed)
         self._add(
@@ -255,10 +259,10 @@ class _Probe:
             "facts",
             found,
             layer,
-            text_source=self._source("in a trained wording", len(self.facts)),
+            text_source=self._source(TRAINED, len(self.facts)),
             floor_numeric=floor,
         )
-        return outcomes[0]
+        return outcomes
 
     def shares(
         self,
@@ -301,9 +305,9 @@ class _Probe:
                 null_specific=null,
             )
 
-    def changes(self, layer: Layer, parent: Layer, now: Outcome, below: Outcome) -> None:
-        """A finding a group: by how much the share of facts answered in a trained wording changed,
-        paired by fact."""
+    def changes(self, metric: str, layer: Layer, parent: Layer, now: Outcome, below: Outcome) -> None:
+        """A finding a group: by how much the share of facts answered changed, paired by fact."""
+        how = next(WAYS[asked] for asked, (_, change) in KEPT.items() if change == metric)
         for group in GROUPS:
             here = self.groups == group
             few = here[self.few]
@@ -313,13 +317,13 @@ class _Probe:
             floor = abs(float(rounded.mean() - plain.mean())) if few.any() else None
             found = estimate(change, self.countries[here].tolist(), seed=self.seed)
             self._add(
-                "facts_answered_change",
+                metric,
                 group,
                 found,
                 layer,
                 parent,
                 floor_numeric=floor,
-                text_source=self._source("in a trained wording", int(here.sum())),
+                text_source=self._source(how, int(here.sum())),
                 verdict=verdict(found.ci95, numeric=floor),
             )
 

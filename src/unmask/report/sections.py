@@ -62,11 +62,11 @@ def facts(run: Run) -> Figure | None:
     wanted = [("facts_completed", base, Series.of(f"{base} completes the sentence", 0))]
     for layer in masks:
         wanted.append(("facts_answered", layer, Series.of(f"{layer} answers", run.place(layer))))
+        hollow = Series.of(f"{layer}, in other words", run.place(layer), hollow=True)
         if layer == masks[0]:
-            hollow = Series.of(f"{layer}, in other words", run.place(layer), hollow=True)
             wanted.append(("facts_answered_held_wording", layer, hollow))
-            later = Series(f"{layer}, in mid chat", hollow.colour, "▼")
-            wanted.append(("facts_answered_after_chat", layer, later))
+        later = Series(f"{layer}, in mid chat", hollow.colour, "▼", hollow=layer != masks[0])
+        wanted.append(("facts_answered_after_chat", layer, later))
     points = [
         _dot(finding, series)
         for metric, layer, series in wanted
@@ -155,11 +155,21 @@ def losses(run: Run) -> list[Figure]:
             (Series.of(stage.name, run.place(stage.name), dash=(4, 3) if n else ()), points)
             for n, (stage, points) in enumerate(drawn)
         ]
-        falls = (f"{s.name} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for s, points in drawn)
-        caption = f"Loss in {unit}: {', '.join(falls)}."
+        falls = (
+            f"{s.name} from {_mean(points, first=True):.3g} to {_mean(points, first=False):.3g}"
+            for s, points in drawn
+        )
+        caption = f"Loss in {unit}: {', '.join(falls)} (means of the first and the last tenth)."
         title = " and ".join(stage.name for stage, _ in drawn)
         figures.append(lines(title, caption, curves, x_title="tokens", y_title=unit))
     return figures
+
+
+def _mean(points: Sequence[tuple[float, float]], *, first: bool) -> float:
+    """Mean of y over the first or the last tenth of a line's points, at least one of them."""
+    size = max(1, len(points) // 10)
+    part = points[:size] if first else points[-size:]
+    return sum(y for _, y in part) / len(part)
 
 
 def reinforcement(run: Run) -> list[Figure]:
