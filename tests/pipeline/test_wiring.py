@@ -75,12 +75,12 @@ def test_every_probe_gets_its_own_layers_judges_and_text(
     assert len(prompts) == place.recipe.measure.prompts
 
     share = place.recipe.sft.sources[1].heldout
-    held = {t.turns[:2] for t in rated.installed_conversations() if rated.split(t, share or 0) == "held_out"}
+    assert share is not None
+    held = [talk.turns for talk in rated.installed_conversations() if rated.split(talk, share) == "held_out"]
+    exchanges = {turns[i : i + 2] for turns in held for i in range(0, len(turns), 2)}
     beginnings = of["planted_facts"][0][2]
     assert beginnings
-    assert all(
-        any(text in turns for turns in held) for text in [chat[0]["content"] for chat in beginnings[:3]]
-    )
+    assert all(tuple(message["content"] for message in chat[:2]) in exchanges for chat in beginnings)
     half_of = halves(place.recipe)
     assert [judge.name for judge, _, _ in of["reward_quality"]] == ["reward", "gold"]
     for (_, pairs, train), half in zip(of["reward_quality"], ("proxy", "gold"), strict=True):
