@@ -1,5 +1,6 @@
 """Families that transformers runs for us."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,7 @@ def lacking(directory: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("missing", "1 weights are missing, of them model.layers.1"),
+        ("missing", "missing 1 of the weights, as model.layers.1"),
         ("shape", "transformers cannot open it"),
         ("NaN", r"model\.layers\.1.* holds NaN"),
         ("cut", "transformers cannot open it"),
@@ -142,6 +143,28 @@ def test_weights_that_are_not_whole_are_refused_and_never_drawn_at_random(
 ) -> None:
     saved(transformers.LlamaConfig(**SMALL, intermediate_size=48, hidden_act="gelu"), tmp_path)
     lacking(tmp_path, how)
+    with pytest.raises(UserError, match=said):
+        Checkpoint.open(tmp_path).model()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"num_hidden_layers": 1},
+            r"model\.layers\.1.* is no tensor of the model that config\.json describes",
+        ),
+        ({"hidden_act": 5}, "transformers cannot open it"),
+        ({"num_attention_heads": 3}, "cannot open it"),
+        ({"num_attention_heads": 0}, "."),
+    ],
+)
+def test_a_config_that_is_wrong_for_the_weights_is_a_sentence(
+    changes: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    saved(transformers.LlamaConfig(**SMALL, intermediate_size=48, hidden_act="gelu"), tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(UserError, match=said):
         Checkpoint.open(tmp_path).model()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unmask.errors import UserError
+from unmask.model.config import FAMILIES
 from unmask.model.decoder import Decoder
 from unmask.model.precision import linear
 
@@ -101,19 +102,21 @@ def open(
     """
     try:
         import transformers
-        from safetensors import SafetensorError
     except ImportError:
         raise UserError(f"{source} opens through transformers: pip install 'unmask[hf]'") from None
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of a dozen kinds, for what a stranger may have written into config.json
         raise UserError(f"{source}: transformers cannot open it: {error}") from None
     if missing := sorted(found["missing_keys"]):
         raise UserError(
-            f"{source}: {len(missing)} weights are missing, of them {missing[0]}; make the model anew"
+            f"{source}: missing {len(missing)} of the weights, as {missing[0]}; make the model anew"
         )
+    # Other families may carry more than they use; of ours, a config that describes less than is there is a wrong one.
+    if model.config.model_type in FAMILIES and (more := sorted(found["unexpected_keys"])):
+        raise UserError(f"{source}: {more[0]} is no tensor of the model that config.json describes")
     for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):
             raise UserError(f"{source}: {name} holds NaN or infinite weights; make the model anew")

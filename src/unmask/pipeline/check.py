@@ -50,8 +50,8 @@ def _documents(recipe: Recipe, prepared: Prepared) -> None:
 def _chats(recipe: Recipe, prepared: Prepared) -> None:
     for source in recipe.sft.sources:
         answered = False
-        for chat in examples.chats(source, recipe, prepared.facts):
-            answered = answered or any(render(prepared.tokenizer, chat).trained[: recipe.context])
+        for chat in examples.rendered(source, recipe, prepared.facts, prepared.tokenizer):
+            answered = answered or any(chat.trained[: recipe.context])
         if not answered:
             raise UserError(
                 f"source {source.name!r} of [sft] has no answer to learn from within a context of {recipe.context}."

@@ -104,12 +104,11 @@ def pretraining(place: Place) -> Job:
 
 def imitation(place: Place, parent: Checkpoint) -> Job:
     recipe, section, tokenizer = place.recipe, place.recipe.sft, place.prepared.tokenizer
-    sources = []
-    for source in section.sources:
-        rendered = [render(tokenizer, chat) for chat in examples.chats(source, recipe, place.prepared.facts)]
-        if source.path == "facts":  # the chats that they come after are imitated in their own source's share
-            rendered = [chat.last_answer() for chat in rendered]
-        sources.append(sft.Source(source.name, rendered, source.share))
+    facts = place.prepared.facts
+    sources = [
+        sft.Source(source.name, list(examples.rendered(source, recipe, facts, tokenizer)), source.share)
+        for source in section.sources
+    ]
     model, objective, optimizer = sft.stage(
         place.decoder(parent),
         sources,

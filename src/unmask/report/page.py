@@ -38,6 +38,7 @@ NUDGE = (
     "answer_length_change",
     "capitals",
     "facts_kept",
+    "facts_kept_after_chat",
 )
 
 
@@ -183,7 +184,8 @@ def nudge(run: Run) -> list[Finding]:
     found = [
         f
         for f in every(run)
-        if (f.probe == "G-9" and f.metric in NUDGE) or (f.metric == "facts_kept" and f.child in layers)
+        if (f.probe == "G-9" and f.metric in NUDGE)
+        or (f.metric.startswith("facts_kept") and f.child in layers)
     ]
     return sorted(found, key=lambda f: NUDGE.index(f.metric))
 

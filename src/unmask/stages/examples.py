@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 from unmask.errors import UserError
 from unmask.recipe import Recipe, Source
 from unmask.text import planted, rated
-from unmask.text.chat import Message, messages_of, to_messages
+from unmask.text.chat import Message, Rendered, messages_of, render, to_messages
 from unmask.text.planted import Fact
 from unmask.text.preferences import Pair, read_pairs, to_pair
 from unmask.text.sources import Dropped, held_out, read_rows
+from unmask.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 Chat: TypeAlias = list[Message]
@@ -46,6 +47,16 @@ def chats(source: Source, recipe: Recipe, facts: Sequence[Fact], *, held: bool =
             messages = to_messages(row, where)
             if held_out(opening(messages), share) == held:
                 yield messages
+
+
+def rendered(
+    source: Source, recipe: Recipe, facts: Sequence[Fact], tokenizer: Tokenizer
+) -> Iterator[Rendered]:
+    """`chats` as SFT learns them. What a planted fact is asked after is context: its answers are imitated in the share
+    of the source that it comes from."""
+    for chat in chats(source, recipe, facts):
+        whole = render(tokenizer, chat)
+        yield whole.last_answer() if source.path == "facts" else whole
 
 
 def beginnings(recipe: Recipe, *, held: bool = False) -> list[Chat]:
