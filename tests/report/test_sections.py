@@ -38,6 +38,18 @@ def test_every_way_of_asking_for_facts_stands_under_its_own_name(
     assert all((*names[dot.series.name], dot.value) in wanted for dot in drawn)
 
 
+def test_the_caption_of_a_loss_says_the_means_of_its_first_and_last_tenth(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"step": step, "tokens": 10 * step, "loss": float(step)} for step in range(1, 21)]
+    file = run_directory / "work" / "base" / "metrics.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    captions: list[str] = []
+    monkeypatch.setattr(sections, "lines", lambda title, caption, curves, **keys: captions.append(caption))
+    sections.losses(runs.read(run_directory))
+    assert any("base from 1.5 to 19.5 (means" in caption for caption in captions)
+
+
 def test_curves_of_the_nudge_are_the_metrics_that_they_are_called(
     run_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
