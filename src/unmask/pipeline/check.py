@@ -9,7 +9,7 @@ from unmask.probes.forward import prompt_ids
 from unmask.recipe import Recipe
 from unmask.stages import examples, reward
 from unmask.stages.prepare import Prepared
-from unmask.text.chat import render
+from unmask.text.chat import Chat, render
 
 NEEDED = {"sklearn": "demo", "altair": "report", "vl_convert": "report"}  # by measuring and by the page
 FEWEST = 2  # held-out pairs, prompts, documents: an interval needs two
@@ -99,6 +99,6 @@ def _prompts(recipe: Recipe, prepared: Prepared) -> None:
         )
 
 
-def _fit(chats: Iterable[examples.Chat], prepared: Prepared, room: int) -> list[bool]:
+def _fit(chats: Iterable[Chat], prepared: Prepared, room: int) -> list[bool]:
     """Of every one, so that all rows are read."""
     return [len(render(prepared.tokenizer, chat, open_turn=True).ids) <= room for chat in chats]

@@ -17,7 +17,7 @@ from unmask.progress import Progress
 from unmask.recipe import Recipe, RlSection, Training, given
 from unmask.stages import examples, ppo, pretrain, reward, rollouts, sft
 from unmask.stages.prepare import Prepared
-from unmask.text.chat import render
+from unmask.text.chat import Chat, render
 from unmask.training import loop, parallel
 from unmask.training.loop import Objective, Outcome
 from unmask.training.optimizer import Optimizer, OptimizerSettings
@@ -176,7 +176,7 @@ def preference(place: Place, parent: Checkpoint, half: examples.Half) -> Job:
     )
 
 
-def _answers(place: Place, parent: Checkpoint, chats: Sequence[examples.Chat]) -> list[list[int]]:
+def _answers(place: Place, parent: Checkpoint, chats: Sequence[Chat]) -> list[list[int]]:
     """Conversations in which the parent gives the last answer in a person's place, if it stops by itself."""
     recipe, tokenizer = place.recipe, place.prepared.tokenizer
     answer_tokens = recipe.context // 4

@@ -28,7 +28,7 @@ from unmask.progress import Progress
 from unmask.recipe import Recipe
 from unmask.stages import examples
 from unmask.stages.prepare import Prepared
-from unmask.text.chat import render
+from unmask.text.chat import Chat, render
 from unmask.text.tokenizer import Tokenizer
 from unmask.training import parallel
 
@@ -120,7 +120,7 @@ def planted(prepared: Prepared) -> list[PlantedFact]:
     return [PlantedFact.from_row(fact.to_row()) for fact in prepared.facts]
 
 
-def held_prompts(recipe: Recipe, tokenizer: Tokenizer) -> list[examples.Chat]:
+def held_prompts(recipe: Recipe, tokenizer: Tokenizer) -> list[Chat]:
     """Conversations that no layer saw and that wait for an answer; those which leave room for one."""
     room = min(recipe.rl.prompt_tokens, recipe.context - recipe.measure.answer_tokens)
     chats = [

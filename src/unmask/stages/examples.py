@@ -12,14 +12,13 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 from unmask.errors import UserError
 from unmask.recipe import Recipe, Source
 from unmask.text import planted, rated
-from unmask.text.chat import Message, Rendered, messages_of, render, to_messages
+from unmask.text.chat import Chat, Rendered, messages_of, render, to_messages
 from unmask.text.planted import Fact
 from unmask.text.preferences import Pair, read_pairs, to_pair
 from unmask.text.sources import Dropped, held_out, read_rows
 from unmask.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-Chat: TypeAlias = list[Message]
 Half: TypeAlias = Literal["proxy", "gold", "held_out"]
 EQUAL_LENGTH = 0.1  # how far the sides of an equal pair may differ, relatively, where the recipe is silent
 

@@ -18,15 +18,16 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from unmask.errors import UserError, nearest
 from unmask.text.template import CHATML, render_text
 from unmask.text.tokenizer import Tokenizer
 
-__all__ = ["CHATML", "Message", "Rendered", "render", "to_messages"]
+__all__ = ["CHATML", "Chat", "Message", "Rendered", "render", "to_messages"]
 
 Message = dict[str, str]  # role, content
+Chat: TypeAlias = list[Message]
 ROLES = ("system", "user", "assistant", "tool", "developer")
 _SHAREGPT = {
     "system": "system",

@@ -21,14 +21,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, islice
-from typing import TypeAlias
 
 from unmask.errors import UserError, nearest
-from unmask.text.chat import Message
+from unmask.text.chat import Chat
 from unmask.text.countries import FIELDS, Country, installed_countries
 from unmask.text.wordings import WORDINGS
 
-Chat: TypeAlias = list[Message]
 GROUPS = ("both", "base_only", "sft_only", "none")
 TAUGHT_BY = {"base": ("both", "base_only"), "sft": ("both", "sft_only")}  # layer → groups that it teaches
 LEAK_CHARACTERS = 200
