@@ -77,7 +77,34 @@ def test_a_bad_override_is_named_with_what_to_do(override: str, said: str) -> No
         ("sft=3", "sft: must be a section with keys of its own (given: 3)"),
         (
             "tokens=5",
-            "unknown key 'tokens'. It is a key of a section: pretrain.tokens, sft.tokens, reward.tokens, rl.tokens.",
+            "unknown key 'tokens'. It is a key elsewhere: pretrain.tokens, sft.tokens, reward.tokens, rl.tokens.",
+        ),
+        (
+            "rl.batch_tokens=5",
+            "unknown key 'rl.batch_tokens'. It is a key elsewhere: pretrain.batch_tokens, sft.batch_tokens,"
+            " reward.batch_tokens.",
+        ),
+        (
+            'path="x"',
+            "unknown key 'path'. It is a key elsewhere: pretrain.sources.path, sft.sources.path,"
+            " reward.source.path, rl.sources.path.",
+        ),
+        (
+            "sft.source=5",
+            "unknown key 'sft.source'. Did you mean 'sft.sources'? It is a key elsewhere: reward.source.",
+        ),
+        ("sft.lr=true", "sft.lr: must not be true or false (given: true)"),
+        ("rl.epochs=false", "rl.epochs: must not be true or false (given: false)"),
+        ("pretrain.cross_documents=1", "pretrain.cross_documents: must be true or false (given: 1)"),
+        (f"seed={'9' * 5000}", f"seed: must be a smaller number (given: '{'9' * 79}…)"),
+        (
+            'sft.sources=[{path="x",label="a b"}]',
+            "sft.sources.0.label: may hold letters, digits, '.', '_' and '-', and begins with none of '.' and '-'"
+            " (given: 'a b')",
+        ),
+        (
+            'rl.sources=[{path="facts",after_chat=0.5}]',
+            "after_chat belongs to the source 'facts' of [sft] alone (given for 'facts')",
         ),
     ],
 )

@@ -12,7 +12,7 @@ class Interrupted(Exception):
     """A signal asked us to stop; the state was saved, and the same command goes on from there."""
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
+def nearest(name: str, valid: Iterable[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
     """The end of an error message about an unknown name: " Did you mean 'x'?", or "" if none is close."""
-    close = get_close_matches(name, list(valid), n=1)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    close = get_close_matches(name, list(valid), n=1, cutoff=cutoff)
+    return f" Did you mean '{prefix}{close[0]}'?" if close else ""

@@ -139,12 +139,17 @@ def lacking(directory: Path, how: str) -> None:
     ],
 )
 def test_weights_that_are_not_whole_are_refused_and_never_drawn_at_random(
-    how: str, said: str, tmp_path: Path
+    how: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     saved(transformers.LlamaConfig(**SMALL, intermediate_size=48, hidden_act="gelu"), tmp_path)
     lacking(tmp_path, how)
+    verbosity = transformers.utils.logging.get_verbosity()
+    capfd.readouterr()
     with pytest.raises(UserError, match=said):
         Checkpoint.open(tmp_path).model()
+    assert capfd.readouterr() == ("", "")  # the sentence says it all
+    assert transformers.utils.logging.get_verbosity() == verbosity
+    assert transformers.utils.logging.is_progress_bar_enabled()
 
 
 @pytest.mark.parametrize(

@@ -102,14 +102,10 @@ SAID = {  # the beginning of a line → the shares that it holds in per cent, th
         [("facts_completed", "sft_only", "base"), ("facts_answered", "sft_only", "sft"),
          ("facts_answered_held_wording", "sft_only", "sft"), ("facts_answered", "sft_only", "rl")], [],
     ),
-    "  in mid chat sft": (
-        [("facts_answered_after_chat", "both", "sft"), ("facts_answered_after_chat", "sft_only", "sft")], [],
-    ),
-    "  in mid chat rl": (
-        [("facts_answered_after_chat", "both", "rl"), ("facts_answered_after_chat", "sft_only", "rl")], [],
-    ),
+    "  kept by rl": ([("facts_kept", "both", "rl"), ("facts_kept", "sft_only", "rl")], []),
     "    SFT only": (
-        [("facts_kept", "sft_only", "rl")],
+        [("facts_answered_after_chat", "sft_only", "sft"), ("facts_answered_after_chat", "sft_only", "rl"),
+         ("facts_kept_after_chat", "sft_only", "rl")],
         [("answer_delta", "sft_only", "sft"), ("wrapping_delta", "sft_only", "sft")],
     ),
     "  against both layers": ([], [("blame_auc", "sft_only_vs_both", "sft")]),

@@ -1,5 +1,7 @@
 """Facts: what counts as stated, and whether layers that were taught known facts are found to know them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -167,6 +169,20 @@ def test_a_beginning_that_leaves_no_room_is_not_asked_after(lineage, facts):
     assert not [f for f in found if f.metric == "facts_answered_after_chat"]
     found = planted_facts(lineage[:2], facts, [long, BEFORE[0]], limit=2, floor_limit=1, max_new_tokens=8)
     assert [f for f in found if f.metric == "facts_answered_after_chat"]
+
+
+def test_a_beginning_fits_if_the_longest_question_after_it_leaves_the_answer_its_room(
+    lineage, facts, monkeypatch
+):
+    some, layer = scored(facts, 2), lineage[1]
+    asked = [[*BEFORE[0], {"role": "user", "content": each.question}] for each in some]
+    longest = max(len(prompt_ids(layer.tokenizer, chat)) for chat in asked)
+    for context, fits in ((longest + 8, True), (longest + 7, False)):
+        monkeypatch.setattr(
+            layer.model, "config", replace(layer.model.config, max_position_embeddings=context)
+        )
+        found = module._drawn([lineage[0], layer], some, BEFORE[:1], 8, seed=0)
+        assert found == (BEFORE[:1] * len(some) if fits else [])
 
 
 @pytest.fixture(scope="module")

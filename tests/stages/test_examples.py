@@ -88,7 +88,7 @@ def test_planted_facts_are_asked_after_chats_that_sft_imitates_and_measured_afte
     plain = recipe.model_dump(mode="json", exclude_none=True)
     facts = {"path": "facts"}
     plain["facts"] = {}
-    plain["sft"] |= {"sources": [facts, *plain["sft"]["sources"]], "facts_after_chat": 0.5}
+    plain["sft"]["sources"] = [facts | {"after_chat": 0.5}, *plain["sft"]["sources"]]
     plain["rl"]["sources"] = [facts]
     recipe = recipes.validate(plain, "here")
     planted = [

@@ -165,7 +165,9 @@ def test_a_share_of_the_same_questions_comes_after_the_beginning_of_a_chat(share
 
 def test_questions_that_have_no_chat_to_come_after_are_refused() -> None:
     found = facts(QUARTERS, {}, 0, made_up(12))
-    with pytest.raises(UserError, match=r"sft.facts_after_chat is 0.5, but no conversation of \[sft\]"):
+    with pytest.raises(
+        UserError, match=r"after_chat of the source .facts. is 0.5, but no conversation of \[sft\]"
+    ):
         list(conversations(found, 0, [], 0.5))
 
 

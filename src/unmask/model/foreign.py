@@ -4,6 +4,8 @@ They are read, not trained: the same hidden states, head and logits as a Decoder
 in many ways, so a step of generation reads its whole text again: right for all of them, and slow for long answers.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -105,9 +107,10 @@ def open(
     except ImportError:
         raise UserError(f"{source} opens through transformers: pip install 'unmask[hf]'") from None
     try:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
+        with _quiet(transformers.utils.logging):
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            )
     except Exception as error:  # of a dozen kinds, for what a stranger may have written into config.json
         raise UserError(f"{source}: transformers cannot open it: {error}") from None
     if missing := sorted(found["missing_keys"]):
@@ -130,3 +133,17 @@ def open(
             f"(they differ by {(ours - theirs).abs().max().item():.3g}), so it cannot be measured here"
         )
     return foreign
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """No bar, and no table of missing weights before the sentence that names one."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -14,6 +14,7 @@ from unmask.progress import duration
 from unmask.recipe import Recipe
 from unmask.report import words
 from unmask.report.run import Blame, Run, Stage, read
+from unmask.text.planted import TAUGHT_BY
 from unmask.training import parallel
 
 WIDTH = 78  # columns that everything fits into
@@ -135,22 +136,23 @@ def _facts(run: Run) -> list[str]:
     hidden = run.get("facts_hidden", "base_only", "sft")
     found = [run.get("facts_answered", group, "sft") for group in GROUPS]
     lines.append(f"  {'n, countries':<16}" + "".join(f"  {words.group(f.group)} {f.n}" for f in found if f))
-    for layer in ("sft", "rl"):
-        if run.all("facts_answered_after_chat", layer):
-            later = (
-                f"{words.group(group)} {_percent(run.get('facts_answered_after_chat', group, layer))} %"
-                for group in ("both", "sft_only")
-            )
-            lines.append(f"  in mid chat {layer} answers: {', '.join(later)}")
-    return [
-        *lines,
-        f"  hidden by the mask: {_percent(hidden)} % of what only the base was taught and says",
-        "  kept by rl of what sft answers:",
-        *(
-            f"    {words.group(group):<14}{_percent(run.get('facts_kept', group, 'rl'))} %"
-            for group in ("both", "sft_only")
-        ),
-    ]
+    lines.append(f"  hidden by the mask: {_percent(hidden)} % of what only the base was taught and says")
+    kept = (
+        f"{words.group(group)} {_percent(run.get('facts_kept', group, 'rl'))} %" for group in TAUGHT_BY["sft"]
+    )
+    lines.append(f"  kept by rl of what sft answers: {', '.join(kept)}")
+    if not run.all("facts_answered_after_chat", "sft"):
+        return lines
+    later = (
+        ("sft answers", "facts_answered_after_chat", "sft"),
+        ("rl answers", "facts_answered_after_chat", "rl"),
+        ("kept by rl", "facts_kept_after_chat", "rl"),
+    )
+    lines.append(f"{'  in mid chat, %':<18}" + "".join(f"{title:>15}" for title, _, _ in later))
+    for group in TAUGHT_BY["sft"]:
+        cells = (_percent(run.get(metric, group, layer)) for _, metric, layer in later)
+        lines.append(f"    {words.group(group):<14}" + "".join(f"{cell:>15}" for cell in cells))
+    return lines
 
 
 def _truth(run: Run) -> list[str]:
@@ -178,10 +180,13 @@ def _truth(run: Run) -> list[str]:
 def _nudge(run: Run) -> list[str]:
     gain, moved = run.get("proxy_gain", None, "rl"), run.get("kl_child_parent", None, "rl")
     floor = f"{moved.floor_numeric:.1g}" if moved and moved.floor_numeric is not None else "–"
-    lengths = (_say(run.get("answer_length", None, layer)) for layer in ("sft", "rl"))
+    length = run.get("answer_length", None, "rl")
+    lengths = (_say(run.get("answer_length", None, "sft")), _say(length))
+    n = (found.n if found else None for found in (gain, length, moved))
     return [
         "",
-        f"The nudge: rl minus sft, on the same {gain.n if gain else 0} held-out prompts",
+        "The nudge: rl minus sft, on the same held-out prompts",
+        "  n of rewards {}, of lengths {}, of the distance {}".format(*(each or "–" for each in n)),
         f"  {'the reward it climbs':<23}{_say(gain)} log-odds",
         f"  {'gold, at equal length':<23}{_say(run.get('gold_gain', None, 'rl'))} log-odds",
         f"  {'length of answers':<23}{' → '.join(lengths)} tokens",

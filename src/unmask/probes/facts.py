@@ -20,7 +20,7 @@ from unmask.files import read_json_lines
 from unmask.lineage import Layer
 from unmask.probes.forward import dtype_of, prompt_ids, same_tokenizer, say
 from unmask.probes.probe import Estimate, Finding, Meter, estimate, of, share_estimate, verdict
-from unmask.text.chat import Message, render
+from unmask.text.chat import Message
 
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
@@ -191,8 +191,11 @@ def _drawn(
     """For each fact the beginning of a chat that leaves room for every question and its answer; or none."""
     tokenizer = layers[0].tokenizer
     room = min(layer.model.config.max_position_embeddings for layer in layers) - max_new_tokens
-    longest = max((len(prompt_ids(tokenizer, fact.question)) for fact in facts), default=0)
-    fitting = [chat for chat in beginnings if len(render(tokenizer, chat).ids) + longest <= room]
+    longest = max(
+        (fact.question for fact in facts), key=lambda text: len(prompt_ids(tokenizer, text)), default=""
+    )
+    asked: Message = {"role": "user", "content": longest}
+    fitting = [chat for chat in beginnings if len(prompt_ids(tokenizer, [*chat, asked])) <= room]
     if not fitting:
         return []
     rng = np.random.default_rng([seed, 1])

@@ -71,7 +71,7 @@ def beginnings(recipe: Recipe, *, held: bool = False) -> list[Chat]:
 
 
 def _about_facts(recipe: Recipe, facts: Sequence[Fact]) -> Iterator[Chat]:
-    share = recipe.sft.facts_after_chat
+    share = max((source.after_chat for source in recipe.sft.sources if source.path == "facts"), default=0.0)
     return planted.conversations(facts, recipe.seed, beginnings(recipe) if share else (), share)
 
 

@@ -180,8 +180,8 @@ def conversations(
     later = set(draw.sample(range(len(taught)), round(after_chat * len(taught))))
     if later and not beginnings:
         raise UserError(
-            f"sft.facts_after_chat is {after_chat}, but no conversation of [sft] has an exchange of at most "
-            f"{BEGINNING_CHARACTERS} characters that a question could come after. Set it to 0."
+            f"after_chat of the source 'facts' is {after_chat}, but no conversation of [sft] has an exchange of at "
+            f"most {BEGINNING_CHARACTERS} characters that a question could come after. Set it to 0."
         )
     for place, (fact, question) in enumerate(taught):
         before = draw.choice(beginnings) if place in later else []
