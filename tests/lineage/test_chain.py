@@ -305,12 +305,18 @@ def test_a_run_stands_for_its_last_layer_and_two_last_layers_are_a_question(
         Lineage.open(run)
 
 
+def test_two_layers_of_one_name_go_by_their_paths(run: Path) -> None:
+    shutil.copytree(run, run.parent / "other")
+    paths = [run / "base", run / "sft", run.parent / "other" / "sft"]
+    assert [layer.name for layer in open_layers(paths)] == ["base", str(paths[1]), str(paths[2])]
+
+
 def test_one_path_opens_its_lineage_and_several_open_themselves(run: Path) -> None:
     assert [layer.name for layer in open_layers([run])] == ["base", "sft", "rl"]
     assert [layer.name for layer in open_layers([run / "base", run / "rl", run / "rl"])] == [
         "base",
         "rl",
-        "rl",
+        "rl (2)",
     ]
     shutil.rmtree(run / "base")  # each for itself: no parent is asked for
     assert [layer.name for layer in open_layers([run / "sft", run / "rl"])] == ["sft", "rl"]

@@ -9,7 +9,8 @@ import torch
 
 from unmask.model.config import ModelConfig
 from unmask.model.decoder import Decoder
-from unmask.probes.facts import GROUPS, PlantedFact
+from unmask.probes.facts import PlantedFact
+from unmask.text.planted import GROUPS
 from unmask.text.tokenizer import Tokenizer
 
 CONTEXT = 64

@@ -102,6 +102,12 @@ def test_equal_layers_above_the_base_get_exactly_nothing(lineage, fact):
     assert {token.parts[2] for token in found.tokens} == {0.0}
 
 
+def test_layers_of_one_name_are_refused(layers):
+    twins = [Layer("sft", layer.model, layer.tokenizer) for layer in layers[:2]]
+    with pytest.raises(UserError, match="two layers are called 'sft'"):
+        blame(twins, "Hello")
+
+
 def test_a_given_answer_is_read_as_it_stands(lineage, tokenizer):
     found = blame(lineage, "Hello", answer="The capital")
     assert [token.id for token in found.tokens] == tokenizer.encode("The capital")

@@ -7,21 +7,19 @@ import pytest
 import torch
 
 from unmask.errors import UserError
-from unmask.files import append_lines
 from unmask.lineage import Layer
 from unmask.probes import facts as module
 from unmask.probes.facts import (
-    GROUPS,
     PlantedFact,
     answered,
     begins,
     completed,
     planted_facts,
-    read_facts,
     scored,
     states,
 )
 from unmask.probes.forward import prompt_ids
+from unmask.text.planted import GROUPS
 
 
 def fact(country, answer):
@@ -79,12 +77,10 @@ def test_leaked_facts_are_never_scored_and_a_limit_is_per_group(facts):
     assert len(scored(facts, None)) == len(facts) - 1
 
 
-def test_facts_are_read_from_the_file_that_a_run_keeps(tmp_path, facts):
-    append_lines(tmp_path / "facts.jsonl", [{**vars(each), "more": 1} for each in facts])
-    assert read_facts(tmp_path / "facts.jsonl") == facts
-    append_lines(tmp_path / "facts.jsonl", [{"country": "Bado"}])
-    with pytest.raises(UserError, match=r"facts.jsonl:26: a fact lacks field, group"):
-        read_facts(tmp_path / "facts.jsonl")
+def test_a_row_of_the_file_that_a_run_keeps_is_the_fact(facts):
+    assert [PlantedFact.from_row({**vars(each), "more": 1}) for each in facts] == facts
+    with pytest.raises(UserError, match=r"a fact lacks field, group"):
+        PlantedFact.from_row({"country": "Bado"})
 
 
 def greedy(model, ids, n):

@@ -204,6 +204,21 @@ def test_a_group_without_pairs_abstains(judge, pairs):
     assert nothing.verdict.startswith("abstain: n = 1")
 
 
+def test_texts_that_are_all_of_one_length_have_no_correlation_with_it_and_stop_nobody(judge, recwarn):
+    alike = [pair("abc", "abd", f"a{i}", f"b{i}") for i in range(4)]
+    found = reward_quality(judge, {"all": alike}, None, floor_limit=2)
+    one = pick(found, "reward_length_correlation")
+    assert one.value is None and one.floor_numeric is None
+    assert one.verdict.startswith("abstain")
+    assert not recwarn.list
+
+
+def test_where_no_word_stands_in_two_texts_there_is_no_baseline_on_words(judge, pairs):
+    assert module.words_baseline([("abc", 1.0), ("abd", -1.0)]) is None
+    found = reward_quality(judge, {"all": pairs}, [("abc", 1.0), ("abd", -1.0)], floor_limit=2)
+    assert not [f for f in found if f.metric == "reward_accuracy_words"]
+
+
 def test_missing_scikit_learn_is_said_with_the_way_to_get_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
     with pytest.raises(UserError, match=r"unmask\[demo\]"):

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-from unmask.errors import UserError
 from unmask.lineage import Layer
 from unmask.probes.weights_change import block_of, kind_of, weights_change
 
@@ -56,14 +55,15 @@ def test_shares_of_the_kinds_of_module_sum_to_one(layers):
     assert sum(f.value for f in shares if not f.group.startswith("block")) == pytest.approx(1.0)
 
 
-def test_models_of_other_shapes_are_refused_with_the_name_of_the_tensor(layers, tokenizer):
+def test_models_of_other_shapes_have_no_such_distance_and_the_tensor_is_named(layers, tokenizer):
     from planted_world import config_for
 
     from unmask.model.decoder import Decoder
 
     deeper = Decoder(config_for(tokenizer, layers=3))
-    with pytest.raises(UserError, match=r"model\.layers\.2\."):
-        weights_change([layers[0], Layer("deeper", deeper, tokenizer)])
+    [found] = weights_change([layers[0], Layer("deeper", deeper, tokenizer)])
+    assert found.value is None
+    assert found.verdict.startswith("abstain: they differ in shape at model.layers.2.")
 
 
 def test_names_of_other_houses_find_their_kind_and_block():

@@ -72,3 +72,32 @@ def test_curves_of_the_nudge_are_the_metrics_that_they_are_called(
         "Length: length": 40.0,
         "Answers that were cut: cut": 50.0,
     }
+
+
+def test_how_far_a_layer_lies_from_another_is_drawn_on_every_text(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(
+        sections, "dots", lambda title, caption, points, **keys: drawn.update({title: points})
+    )
+    sections.change(runs.read(run_directory))
+    found = {(dot.row, dot.series.name) for dot in drawn["Is the change larger than the noise?"]}
+    for pair in ("base → sft", "sft → rl", "base → rl"):
+        for name in ("on its own answers", "on its parent's answers", "on held-out text"):
+            assert (pair, name) in found
+
+
+def test_what_was_not_measured_is_no_dot(run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = run_directory / "summary.json"
+    summary = json.loads(file.read_bytes())
+    for row in summary["claims"]:
+        if row["metric"] in ("answer_delta", "blame_auc") and row["group"] in ("none", "shuffled"):
+            row |= {"value": None, "ci95": None, "verdict": "abstain: n = 0"}
+    file.write_text(json.dumps(summary), "utf-8")
+    drawn: list[Any] = []
+    monkeypatch.setattr(sections, "dots", lambda title, caption, points, **keys: drawn.extend(points))
+    sections.truth(runs.read(run_directory))
+    assert drawn
+    assert not [dot for dot in drawn if dot.row == "groups shuffled"]
+    assert len([dot for dot in drawn if dot.series.name == "the answer"]) == 3

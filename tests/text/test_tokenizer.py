@@ -172,6 +172,20 @@ def test_the_hash_changes_with_the_merges_and_the_template_hash_with_the_templat
     assert Tokenizer.load(tmp_path).template_hash != tokenizer().template_hash
 
 
+def test_a_tokenizer_that_transformers_saved_again_is_the_same(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer().save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs(["a b c", "d"], padding=True, truncation=True, max_length=8)  # is kept in what is saved next
+    theirs.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/tokenizer.json").read_bytes() != (tmp_path / "tokenizer.json").read_bytes()
+    assert Tokenizer.load(tmp_path / "again").hash == tokenizer().hash
+    content = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    assert Tokenizer.load(tmp_path).hash == tokenizer().hash
+
+
 def test_transformers_opens_it_and_adds_nothing(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer().save(tmp_path)

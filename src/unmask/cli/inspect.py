@@ -18,6 +18,15 @@ from unmask.progress import UNPRINTABLE, Progress, console, duration
 if TYPE_CHECKING:
     from unmask.probes.probe import Finding
 
+BRIEF = {
+    "kl_child_parent",
+    "kl_parent_child",
+    "js",
+    "unshifted",
+    "marginal",
+    "shifted",
+    "relative_weight_change",
+}
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Models = Annotated[
     list[Path],
@@ -51,6 +60,12 @@ def diff(
         Path | None, typer.Option(help="Held-out text (txt, jsonl, parquet). Default: the run's own.")
     ] = None,
     limit: Annotated[int, typer.Option(help="Prompts that are answered.", min=1)] = 64,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Prompts as plain text, without the chat template.")
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also by position, at the stop token, and by kind of weights.")
+    ] = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -60,12 +75,16 @@ def diff(
     from unmask.training.parallel import pick_device
 
     layers = open_layers(models, device=str(pick_device(device)))
-    findings = compare(layers, texts_beside(models, prompts, text), limit=limit, say=Progress().line)
+    findings = compare(
+        layers, texts_beside(models, prompts, text), limit=limit, template=not plain, say=Progress().line
+    )
     if as_json:
         for finding in findings:
             print(json.dumps(finding.to_json()))
     else:
-        _print_diff(findings)
+        _print_diff([finding for finding in findings if everything or _in_brief(finding)])
+        if not everything:
+            console().print("[dim]--all: also by position, at the stop token, and by kind of weights.[/dim]")
 
 
 def blame(
@@ -171,6 +190,13 @@ def _print_diff(findings: "Sequence[Finding]") -> None:
         "[dim]A: answers of the layer, P: of the one below it, N: held-out text.\n"
         "floor: the same weights in bfloat16. over: the whole interval lies beyond it.[/dim]"
     )
+
+
+def _in_brief(finding: "Finding") -> bool:
+    """What a layer changed on the whole; bits per byte by source."""
+    if finding.metric.startswith("bits_per_byte"):
+        return True
+    return finding.group is None and finding.metric in BRIEF
 
 
 def _beyond(verdict: str) -> str:

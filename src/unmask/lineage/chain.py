@@ -152,9 +152,12 @@ def open_layers(
 def load_layers(
     checkpoints: Sequence[Checkpoint], dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> list[Layer]:
-    """Language models that can be compared token by token. Raises UserError unless all share a tokenizer."""
+    """Language models that can be compared token by token. Raises UserError unless all share a tokenizer.
+
+    Layers of equal names, as two masks that are both called sft, go by their paths.
+    """
     layers: list[Layer] = []
-    for checkpoint in checkpoints:
+    for name, checkpoint in zip(_distinct(checkpoints), checkpoints, strict=True):
         model, tokenizer = checkpoint.model(dtype, device), checkpoint.tokenizer()
         if isinstance(model, Scorer):
             raise UserError(f"{checkpoint.path} is not a language model: it scores text and writes none.")
@@ -163,8 +166,20 @@ def load_layers(
                 f"{checkpoint.path} has another tokenizer than {checkpoints[0].path}, so their tokens cannot "
                 "be compared one by one. Compare models of one family."
             )
-        layers.append(Layer(checkpoint.name, model, tokenizer, checkpoint.hash))
+        layers.append(Layer(name, model, tokenizer, checkpoint.hash))
     return layers
+
+
+def _distinct(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    places: dict[str, set[Path]] = {}
+    for checkpoint in checkpoints:
+        places.setdefault(checkpoint.name, set()).add(checkpoint.path.resolve())
+    names: list[str] = []
+    for checkpoint in checkpoints:
+        name = checkpoint.name if len(places[checkpoint.name]) == 1 else str(checkpoint.path)
+        again = sum(other.path.resolve() == checkpoint.path.resolve() for other in checkpoints[: len(names)])
+        names.append(f"{name} ({again + 1})" if again else name)  # beside itself it differs by nothing
+    return names
 
 
 def _refuse(problems: Sequence[str], checkpoint: Checkpoint) -> None:

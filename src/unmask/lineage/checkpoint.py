@@ -93,7 +93,10 @@ class Checkpoint:
 
     @property
     def remedy(self) -> str:
-        return f"Restore it from a copy, or build the stage anew with `unmask run … --from {self.name}`."
+        stage = (
+            "reward" if self.name == "gold" else self.name
+        )  # what --from knows: both scorers are one stage
+        return f"Restore it from a copy, or build the stage anew with `unmask run … --from {stage}`."
 
     def refer(self, start: Path) -> Reference:
         """A reference to this checkpoint as it stands in the record of a checkpoint in `start`."""

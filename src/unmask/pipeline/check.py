@@ -12,6 +12,10 @@ from unmask.stages.prepare import Prepared
 from unmask.text.chat import Chat, render
 
 NEEDED = {"sklearn": "demo", "altair": "report", "vl_convert": "report"}  # by measuring and by the page
+GOLD_APART = (
+    " The gold scorer learns from texts of equal length alone (reward.equal_length, or 10 %): give it more pairs, "
+    "raise that, or do without it: reward.gold = false."
+)
 FEWEST = 2  # held-out pairs, prompts, documents: an interval needs two
 
 
@@ -68,7 +72,7 @@ def _preferences(recipe: Recipe, prepared: Prepared) -> None:
             why = "".join(f" Left out: {count:,} {what}." for what, count in dropped.items() if count)
             raise UserError(
                 f"source {name!r} of [reward] has no two texts to compare within a context of {recipe.context} "
-                f"for its {half} half.{why}"
+                f"for its {half} half.{why}" + (GOLD_APART if half == "gold" else "")
             )
     pairs = examples.comparisons(recipe, "held_out", recipe.measure.pairs)
     fitting = sum(

@@ -37,9 +37,14 @@ def plan(builder: Builder) -> Plan:
     model = Decoder(config)
     model.init_weights(torch.Generator().manual_seed(0))
     model.to(builder.device)
-    optimizer = Optimizer(model, optimizer_settings(recipe.pretrain), parallel.compute_dtype(builder.device))
     rows = max(1, recipe.pretrain.micro_tokens // recipe.context)
     batch = torch.randint(config.vocab_size, (rows, recipe.context + 1), device=builder.device)
+    with torch.inference_mode():
+        start = time.monotonic()
+        model.hidden(batch[:, :-1])
+        a_reading = (time.monotonic() - start) / (rows * recipe.context)  # in float32, as all is measured
+
+    optimizer = Optimizer(model, optimizer_settings(recipe.pretrain), parallel.compute_dtype(builder.device))
 
     passed, stepped = 0.0, 0.0
     for _ in range(2):  # the first one also allocates
@@ -60,8 +65,8 @@ def plan(builder: Builder) -> Plan:
     a_decode_step = (time.monotonic() - start) / 8
 
     pre, rl, rules = recipe.pretrain, recipe.rl, ppo_settings(recipe.rl)
-    # Prompts and answers fill half of their room. A rollout is read once by policy, reference and critic without
-    # gradients (a forward pass is a third of a training pass), then learned from by two networks in each epoch.
+    # Prompts and answers fill half of their room. A rollout is read once by policy, reference, critic and both judges
+    # without gradients (a forward pass is a third of a training pass), then learned from by two networks in each epoch.
     read = rules.rollouts * rl.answers * (rl.prompt_tokens + rl.answer_tokens) / 2
     rewarded = given(recipe.reward.tokens) * a_token
     expected = {
@@ -69,21 +74,23 @@ def plan(builder: Builder) -> Plan:
         "sft": given(recipe.sft.tokens) * a_token,
         "reward": rewarded,
         "gold": rewarded,
-        "rl": rules.rollouts * rl.answer_tokens * a_decode_step + read * a_token * (1 + 2 * rl.epochs),
+        "rl": rules.rollouts * rl.answer_tokens * a_decode_step + read * a_token * (5 / 3 + 2 * rl.epochs),
     }
     missing = builder.missing()
     seconds = {name: seconds for name, seconds in expected.items() if name in missing}
     if missing or not (builder.directory / "summary.json").exists():
-        seconds["measure"] = _measuring(recipe, a_token, a_decode_step)
+        seconds["measure"] = _measuring(recipe, a_reading, a_decode_step)
     return Plan(sum(p.numel() for p in model.parameters()), seconds)
 
 
-def _measuring(recipe: Recipe, a_token: float, a_decode_step: float) -> float:
+def _measuring(recipe: Recipe, a_reading: float, a_decode_step: float) -> float:
     """Planted facts are said nine times (by three layers as sentences, by two in three ways); prompts are answered
-    twice to be judged and six times to be compared; held-out text and answers are read by three layers."""
+    twice to be judged and six times to be compared; held-out text and answers are read by three layers, and pairs of
+    people's texts, which fill about half of the context, by two judges in two groups that share half of them."""
     amount, rows = recipe.measure, recipe.rl.answers
     facts = 4 * amount.facts_per_group if recipe.facts else 0
     answers = 2 * amount.prompts + 6 * min(amount.prompts, KL_PROMPTS)
     steps = (9 * facts * 16 + answers * amount.answer_tokens) / rows
     read = 3 * (amount.heldout_bytes * len(recipe.pretrain.sources) / 3 + answers * amount.answer_tokens)
-    return steps * a_decode_step + read * a_token / 3
+    read += 6 * amount.pairs * recipe.context / 2
+    return steps * a_decode_step + read * a_reading

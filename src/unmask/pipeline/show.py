@@ -4,17 +4,17 @@ import shlex
 from pathlib import Path
 
 import torch
+from rich.cells import cell_len
 from rich.markup import escape
 
 from unmask.colours import layer_colour
 from unmask.pipeline.plan import Plan
-from unmask.probes.facts import GROUPS
 from unmask.probes.probe import Finding
 from unmask.progress import duration
 from unmask.recipe import Recipe
 from unmask.report import words
 from unmask.report.run import Blame, Run, Stage, read
-from unmask.text.planted import TAUGHT_BY
+from unmask.text.planted import GROUPS, TAUGHT_BY
 from unmask.training import parallel
 
 WIDTH = 78  # columns that everything fits into
@@ -81,7 +81,7 @@ def _of_stage(run: Run, stage: Stage) -> list[str]:
 def _judges(run: Run, stage: Stage) -> list[str]:
     """The reward model beside its yardsticks, and the second one, which no layer is trained on."""
     kinds = {"reward model": "", "length alone": "_length", "words alone": "_words"}
-    lines = ["    " + f"{'% right about pairs':<22}" + "".join(f"{title:>17}" for title in kinds)]
+    lines = ["    " + f"{'% right (n conversations)':<32}" + "".join(f"{title:>14}" for title in kinds)]
     for judge, title in ((stage, ""), (run.summary.gold, "gold, ")):
         for group in ("all", "equal_length") if judge else ():
             assert judge is not None
@@ -90,8 +90,8 @@ def _judges(run: Run, stage: Stage) -> list[str]:
                 cells = (
                     _percent(run.get(f"reward_accuracy{end}", group, judge.name)) for end in kinds.values()
                 )
-                name = f"{title}{'held out' if group == 'all' else 'of equal length'}"
-                lines.append(f"    {name:<22}" + "".join(f"{cell:>17}" for cell in cells))
+                name = f"{title}{'held out' if group == 'all' else 'of equal length'} ({right.n:,})"
+                lines.append(f"    {name:<32}" + "".join(f"{cell:>14}" for cell in cells))
     margin = run.get("reward_margin", "all", stage.name)
     calibration = run.get("reward_calibration_error", "all", stage.name)
     length = run.get("reward_length_correlation", "all", stage.name)
@@ -156,20 +156,19 @@ def _facts(run: Run) -> list[str]:
 
 
 def _truth(run: Run) -> list[str]:
-    found = run.get("blame_auc", "sft_only_vs_both", "sft")
-    if found is None:
+    if run.get("blame_auc", "sft_only_vs_both", "sft") is None:
         return []
     lines = [
         "",
         "Is blame right? Share of comparisons in which SFT's delta is larger on an answer",
-        f"that SFT alone taught (AUC, n = {found.n} countries)",
+        "that SFT alone taught (AUC)",
     ]
     for title, group in (
         ("against both layers", "sft_only_vs_both"),
         ("against base only", "sft_only_vs_base_only"),
         ("groups shuffled", "shuffled"),
     ):
-        lines.append(f"  {title:<23}{_say(run.get('blame_auc', group, 'sft'))}")
+        lines.append(f"  {title:<23}{_say(run.get('blame_auc', group, 'sft'), n=True)}")
     lines.append(f"  {'nats that SFT added':<23}{'to the answer':<26}to the words before it")
     for group in GROUPS:
         answer, before = (run.get(f"{part}_delta", group, "sft") for part in ("answer", "wrapping"))
@@ -212,12 +211,13 @@ def _blamed(run: Run, blame: Blame) -> list[str]:
     for token in blame.tokens:
         colour = layer_colour(run.place(token.layer))
         text = " ".join(token.text.split()) or "·"
-        if width + len(text) + 1 > WIDTH - 2:
+        wide = cell_len(text)  # a Chinese character fills two columns
+        if width + wide + 1 > WIDTH - 2:
             lines += [f"  {tokens}", f"  {marks}"]
             tokens, marks, width = "", "", 0
         tokens += f"[{colour.terminal}]{escape(text)}[/] "
-        marks += f"[{colour.terminal}]{colour.mark}[/]{' ' * len(text)}"
-        width += len(text) + 1
+        marks += f"[{colour.terminal}]{colour.mark}[/]{' ' * wide}"
+        width += wide + 1
     nats = [sum(token.parts[i] for token in blame.tokens) for i in range(len(blame.layers))]
     parts = " · ".join(f"{name} {value:+.1f}" for name, value in zip(blame.layers, nats, strict=True))
     whole = sum(token.logprob for token in blame.tokens)

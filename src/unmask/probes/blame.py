@@ -104,9 +104,12 @@ def blame(
 
     Greedy unless `temperature` is given. With `template` the prompt is a user turn (or messages) in the
     chat template, else plain text after <|endoftext|>. Raises UserError for layers of different
-    tokenizers, an empty answer, and a prompt beyond the context.
+    tokenizers or equal names, an empty answer, and a prompt beyond the context.
     """
     same_tokenizer(layers)
+    names = [layer.name for layer in layers]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two layers are called {twice!r}: nobody could tell whom a token is put down to")
     tokenizer = layers[-1].tokenizer
     context, plain_context = (
         prompt_ids(tokenizer, prompt, template),

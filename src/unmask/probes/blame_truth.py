@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unmask.lineage import Layer
-from unmask.probes.facts import GROUPS, Bools, PlantedFact, scored
+from unmask.probes.facts import Bools, PlantedFact, scored
 from unmask.probes.forward import Text, bf16_copy, dtype_of, prompt_ids, same_tokenizer, teacher_forced
 from unmask.probes.probe import Estimate, Finding, Floats, Meter, codes, estimate, of, percentiles, verdict
+from unmask.text.planted import GROUPS
 from unmask.text.tokenizer import Tokenizer
 
 SHUFFLES = 1000

@@ -63,18 +63,19 @@ def compare(
     texts: Texts,
     *,
     limit: int = 64,
+    template: bool = True,
     say: Callable[[str], None] = print,
 ) -> list[Finding]:
     """Weights, divergence on answers and on held-out text, and bits per byte, for each layer beside the
     one below it, and the last beside the first.
 
-    `limit` prompts are answered; those that leave no room for an answer in the context are left out, and
-    how many these are is said.
+    `limit` prompts are answered, in the chat template or (not `template`) as plain text; those that leave no room for
+    an answer in the context are left out, and how many these are is said.
     """
     if len(layers) < 2:
         raise UserError("there is one model here, and a difference needs two: name another one.")
     context = min(layer.model.config.max_position_embeddings for layer in layers)
-    ids = [prompt_ids(layers[-1].tokenizer, prompt) for prompt in texts.prompts]
+    ids = [prompt_ids(layers[-1].tokenizer, prompt, template) for prompt in texts.prompts]
     new_tokens = min(48, context // 2)
     fitting = [prompt for prompt in ids if len(prompt) + new_tokens <= context]
     if len(fitting) < len(ids):
@@ -84,7 +85,13 @@ def compare(
         )
     return [
         *divergence(
-            layers, fitting, texts.documents, max_new_tokens=new_tokens, limit=limit, seed=texts.seed
+            layers,
+            fitting,
+            texts.documents,
+            max_new_tokens=new_tokens,
+            limit=limit,
+            template="chat" if template else "plain",
+            seed=texts.seed,
         ),
         *compression(layers, texts.documents, limit_bytes=texts.limit_bytes, seed=texts.seed),
         *weights_change(layers),

@@ -9,22 +9,20 @@ the base completes and a later layer does not answer is *hidden* by that layer.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from unmask.errors import UserError
-from unmask.files import read_json_lines
 from unmask.lineage import Layer
 from unmask.probes.forward import dtype_of, prompt_ids, same_tokenizer, say
 from unmask.probes.probe import Estimate, Finding, Meter, estimate, of, share_estimate, verdict
 from unmask.text.chat import Message
+from unmask.text.planted import GROUPS
 
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
-GROUPS = ("both", "base_only", "sft_only", "none")
 FEWEST = 10  # facts of which a share is taken, where chance decides which they are
 SPARE_TOKENS = 3  # beyond the answer's own, for another spelling of it
 TRAINED = "in a trained wording"
@@ -53,19 +51,12 @@ class PlantedFact:
     answer: str
 
     @staticmethod
-    def from_row(row: Mapping[str, Any], where: str = "facts.jsonl") -> "PlantedFact":
+    def from_row(row: Mapping[str, Any]) -> "PlantedFact":
         """Keys that are not ours are passed over. Raises UserError for a missing key."""
         names = [field.name for field in fields(PlantedFact)]
         if missing := [name for name in names if name not in row]:
-            raise UserError(
-                f"{where}: a fact lacks {', '.join(missing)}; the run that wrote it has to be made anew"
-            )
+            raise UserError(f"a fact lacks {', '.join(missing)}; the run that wrote it has to be made anew")
         return PlantedFact(**{name: row[name] for name in names})
-
-
-def read_facts(path: Path) -> list[PlantedFact]:
-    """The facts of a run, leaked ones included."""
-    return [PlantedFact.from_row(row, f"{path}:{i}") for i, row in enumerate(read_json_lines(path), 1)]
 
 
 def scored(facts: Sequence[PlantedFact], limit: int | None, seed: int = 0) -> list[PlantedFact]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 from unmask.lineage import Layer
 
@@ -82,6 +82,12 @@ class Finding(BaseModel):
     verdict: str | None = None
     cost: Cost | None = None
     literature: Literature | None = None
+
+    @field_validator("floor_numeric", "null_specific", mode="before")
+    @classmethod
+    def _nothing_to_measure_it_on(cls, value: Any) -> Any:
+        """A mean over no text, or over texts that are all alike, is NaN."""
+        return None if isinstance(value, float) and np.isnan(value) else value
 
     @model_validator(mode="after")
     def _complete(self) -> "Finding":
@@ -264,7 +270,7 @@ def verdict(
     With a seed floor: `detected`, or `specific` if it also exceeds the training floor (N3); without one only
     `above the numeric floor` can be said. Otherwise `not distinguishable`.
     """
-    if ci95 is None or numeric is None:
+    if ci95 is None or numeric is None or np.isnan(numeric):
         return "abstain: no interval" if ci95 is None else "abstain: no numeric floor"
     low, high = ci95[0] - zero, ci95[1] - zero
     near = 0.0 if low <= 0 <= high else min(abs(low), abs(high))

@@ -6,6 +6,7 @@ judged by pairs of conversations of which people rated one higher. Intervals red
 pairs: a pair counts as often as its two conversations were drawn, multiplied.
 """
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -141,9 +142,11 @@ def text_of(messages: Sequence[Message]) -> str:
     return "\n".join(message["content"] for message in messages)
 
 
-def words_baseline(train: Sequence[tuple[str, float]], seed: int = 0) -> Callable[[Sequence[str]], Floats]:
+def words_baseline(
+    train: Sequence[tuple[str, float]], seed: int = 0
+) -> Callable[[Sequence[str]], Floats] | None:
     """A ridge regression from TF-IDF of words and word pairs to ratings: fitted on (text, rating),
-    scores texts.
+    scores texts. None where no word stands in two of them: there is nothing to learn from.
 
     Its penalty is the best of ALPHAS on a fifth of the texts that was set aside, then all are used.
     Needs scikit-learn (extra `demo`): UserError without it.
@@ -156,6 +159,9 @@ def words_baseline(train: Sequence[tuple[str, float]], seed: int = 0) -> Callabl
     vectorizer = TfidfVectorizer(
         ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r"\w+|[^\w\s]"
     )
+    counts = Counter(word for text, _ in train for word in set(vectorizer.build_analyzer()(text)))
+    if not any(count >= vectorizer.min_df for count in counts.values()):
+        return None
     features, ratings = (
         vectorizer.fit_transform([text for text, _ in train]),
         np.array([rating for _, rating in train]),
@@ -314,13 +320,12 @@ def _of_group(
         null_specific=chance,
         verdict=verdict(error.ci95, numeric=max(floor, chance)),
     )
+    alike = np.ones((1, len(rounded)))
     owners = [owner for pair in kept for owner in (pair.chosen_from, pair.rejected_from)]
     long = estimate(np.stack([score, length], 1), owners, correlation, seed=seed)
     yield finding(
         "reward_length_correlation",
         "1",
         long,
-        floor_numeric=abs(
-            float(np.corrcoef(rounded, length[few])[0, 1] - np.corrcoef(score[few], length[few])[0, 1])
-        ),
+        floor_numeric=moved(lambda values: correlation(np.stack([values, length[few]], 1), alike)),
     )

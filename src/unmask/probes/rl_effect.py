@@ -7,6 +7,7 @@ prompts that both layers finished; `answers_stop` says how many that leaves out.
 """
 
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -156,10 +157,10 @@ class _Report:
         )
         twins = [each for layer in layers for each in (bf16_copy(layer.model), layer.model)]
         noise = teacher_forced(twins, texts[:floor_limit], read_pairs([(0, 1), (2, 3)]), meter=self.meter)
-        floor = max(
-            float(np.mean([each[:, k].mean() for each in noise]))
-            for k in (KL_CHILD_PARENT, KL_CHILD_PARENT + COLUMNS)
-        )
+        moved = [
+            [float(each[:, k].mean()) for each in noise] for k in (KL_CHILD_PARENT, KL_CHILD_PARENT + COLUMNS)
+        ]
+        floor = max(map(fmean, moved)) if noise else None
         found = estimate([float(each[:, KL_CHILD_PARENT].mean()) for each in read], seed=self.seed)
         word = verdict(found.ci95, numeric=floor)
         who = of(self.child, self.parent)

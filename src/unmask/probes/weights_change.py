@@ -4,7 +4,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from unmask.errors import UserError
 from unmask.lineage import Layer
 from unmask.probes.probe import Finding, Meter, of, pairs
 
@@ -33,7 +32,7 @@ def weights_change(layers: Sequence[Layer]) -> list[Finding]:
     """For each pair of layers: ‖ΔW‖_F / ‖W_parent‖_F of all weights, of each kind of module and of each
     block, each one's share of ‖ΔW‖²_F, and the largest |ΔW|. Sums in float64; tied weights count once.
 
-    Raises UserError when the two have different parameters.
+    Where the two have different parameters, there is no such distance: one finding abstains.
     """
     return [finding for a, b in pairs(layers) for finding in _pair(layers[a], layers[b])]
 
@@ -43,9 +42,15 @@ def _pair(parent: Layer, child: Layer) -> Iterator[Finding]:
     old, new = dict(parent.model.named_parameters()), dict(child.model.named_parameters())
     for name in sorted(old.keys() | new.keys()):
         if name not in old or name not in new or old[name].shape != new[name].shape:
-            raise UserError(
-                f"{parent.name} and {child.name} differ in shape at {name}: their weights cannot be compared"
+            yield Finding(
+                probe="W-1",
+                metric="relative_weight_change",
+                value=None,
+                unit="1",
+                verdict=f"abstain: they differ in shape at {name}",
+                **of(child, parent),
             )
+            return
     changed: dict[str | None, float] = defaultdict(float)
     before: dict[str | None, float] = defaultdict(float)
     largest = 0.0

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from unmask.probes.facts import GROUPS
 from unmask.probes.probe import Finding
 from unmask.report import words
 from unmask.report.figures import Dot, Figure, Series, dots, lines
 from unmask.report.run import Run
+from unmask.text.planted import GROUPS
 
 TEXTS = {  # what a divergence was read on: its name in the figure, its mark
     "A sample": ("on its own answers", "●"),
@@ -18,7 +18,7 @@ TEXTS = {  # what a divergence was read on: its name in the figure, its mark
 
 def truth(run: Run) -> list[Figure]:
     """Blame against the planted truth: AUC against chance, and nats of the answer beside its wrapping."""
-    areas = sorted(run.all("blame_auc"), key=lambda f: f.group == "shuffled")
+    areas = sorted(_measured(run, "blame_auc"), key=lambda f: f.group == "shuffled")
     figures = []
     if areas:
         series = Series.of("AUC", run.place(areas[0].child))
@@ -35,7 +35,7 @@ def truth(run: Run) -> list[Figure]:
                 reference=0.5,
             )
         )
-    answer, wrapping = run.all("answer_delta"), run.all("wrapping_delta")
+    answer, wrapping = _measured(run, "answer_delta"), _measured(run, "wrapping_delta")
     if answer and wrapping:
         place = run.place(answer[0].child)
         inside, around = Series.of("the answer", place), Series.of("the words around it", place, hollow=True)
@@ -92,8 +92,13 @@ def change(run: Run) -> list[Figure]:
     figures = []
     moved = {
         (f.parent, f.child, f.text_source): f
-        for f in sorted(run.all("kl_child_parent"), key=lambda f: _steps(run, f))
-        if f.group is None and f.parent and f.text_source in TEXTS and f.ci95 and f.ci95[0] > 0
+        for f in sorted(run.findings or run.summary.claims, key=lambda f: _steps(run, f))
+        if f.metric == "kl_child_parent"
+        and f.group is None
+        and f.parent
+        and f.text_source in TEXTS
+        and f.ci95
+        and f.ci95[0] > 0
     }
     if moved:
         noise = Series("the same weights in bf16", "var(--soft)", "|")
@@ -243,8 +248,13 @@ def reward(run: Run) -> dict[str, Any] | None:
     }
 
 
+def _measured(run: Run, metric: str) -> list[Finding]:
+    return [finding for finding in run.all(metric) if finding.value is not None]
+
+
 def _dot(finding: Finding, series: Series, *, row: str | None = None) -> Dot:
-    value = finding.value or 0.0
+    assert finding.value is not None, "what was not measured is no dot"
+    value = finding.value
     low, high = finding.ci95 or (value, value)
     name = words.group(finding.group) if row is None else row
     return Dot(name, series, value, low, high, f"{words.value(finding)} ({words.interval(finding)})")

@@ -43,7 +43,9 @@ def render_text(
     or refuses the messages (`raise_exception`).
     """
     if not template:
-        raise UserError("this model has no chat template (chat_template.jinja), so it cannot chat.")
+        raise UserError(
+            "this model has no chat template (chat_template.jinja), so it cannot chat. Give plain text: --plain."
+        )
     try:
         with _lock:
             _environment.left = _MAX_WORK

@@ -50,7 +50,7 @@ class Tokenizer:
     many ids there are; `rows`: that number up to a multiple of 64, the rows of an embedding. `end_of_text`
     stands before every document; `turn_start` and `turn_end` around a turn; generation ends at any of
     `stop_ids`. `bos` is the id that other houses' models want before every sequence; None, also for ours,
-    if there is none. `hash`: of tokenizer.json's content; `template_hash`: of the chat template ("" if it
+    if there is none. `hash`: of what in tokenizer.json decides ids; `template_hash`: of the chat template ("" if it
     has none).
     """
 
@@ -84,7 +84,7 @@ class Tokenizer:
 
         self.bos = self._default_bos()
         # tokenizer_config.json may order a token before every text: that decides ids as much as the vocabulary does.
-        self.hash = hash_json({"content": content, "bos": self.bos})
+        self.hash = hash_json({"content": _deciding(content), "bos": self.bos})
         bos, eos = self._named("bos_token"), self._named("eos_token")
         some = next(iter(self.control.values()))
         self.end_of_text = self.bos if self.bos is not None else self._first(CONTROL[:1], bos, eos, some)
@@ -250,6 +250,16 @@ def _chat_template(directory: Path, config: Mapping[str, Any]) -> str:
     if isinstance(inline, list):  # several by name, as transformers 4 wrote them
         inline = next((each["template"] for each in inline if each["name"] == "default"), "")
     return str(inline)
+
+
+def _deciding(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what a library leaves in the file when it saves it again: how a batch was last padded and cut, what is
+    put around a text (of which `bos` says all that we do), and the older spelling of merges."""
+    model = dict(content["model"])
+    model["merges"] = [
+        merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or ()
+    ]
+    return {**content, "model": model, "padding": None, "truncation": None, "post_processor": None}
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
