@@ -1,5 +1,6 @@
 """The command line: bad input is one sentence with what, where and what to do; exit status 2, no traceback."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,57 @@ def test_a_line_of_diff_fits_a_terminal_of_80_columns(
     assert max(map(len, lines)) <= 80
     [row] = [line for line in lines if metric in line]
     assert row.endswith(" 2.1e-05 yes")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_that_lacks_a_character_gets_another(encoding: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "unmask.cli.main", "doctor"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        check=True,
+    )
+    assert b"unmask" in done.stdout and not done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_takes_no_more_is_a_sentence() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "unmask.cli.main", "doctor"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("unmask: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …")]
+)
+def test_too_little_memory_is_a_sentence(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("unmask.cli.main.app", fail)
+    status, text = said(monkeypatch, capsys)
+    assert status == 2
+    assert text.startswith("unmask: not enough memory")
+    monkeypatch.setattr("unmask.cli.main.app", lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        main()
+
+
+def test_diff_tells_the_whole_of_a_change_and_not_its_parts() -> None:
+    def found(metric: str, group: str | None) -> Finding:
+        return Finding(
+            probe="T1-2", metric=metric, group=group, child="rl", value=None, unit="1", verdict="abstain: n"
+        )
+
+    told = [(metric, group) for metric in ("kl_child_parent", "shifted", "bits_per_byte", "early_share")
+            for group in (None, "part") if inspect._in_brief(found(metric, group))]  # fmt: skip
+    assert told == [
+        ("kl_child_parent", None),
+        ("shifted", None),
+        ("bits_per_byte", None),
+        ("bits_per_byte", "part"),
+    ]

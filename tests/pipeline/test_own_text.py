@@ -118,6 +118,25 @@ def test_every_stage_is_kept_and_snapshots_that_a_dying_process_left_are_cleared
     assert not left.exists()
 
 
+def test_a_stage_whose_parent_is_gone_is_refused_before_anything_is_trained(files: Path, run: Path) -> None:
+    shutil.rmtree(run / "base")
+    with pytest.raises(
+        UserError, match=r"sft is there, and \S+base, which it was made from, is not.*--from base"
+    ):
+        builder_of(recipe_of(files), run).refuse_another_recipe()
+    Builder(recipe_of(files), run, torch.device("cpu"), Progress(quiet=True), "base").refuse_another_recipe()
+
+
+def test_a_stage_without_a_record_is_not_of_this_run(files: Path, run: Path) -> None:
+    (run / "sft" / "unmask.json").unlink()
+    with pytest.raises(UserError, match=r"sft has no unmask\.json: this run did not make it"):
+        builder_of(recipe_of(files), run).refuse_another_recipe()
+
+
+def test_a_damaged_second_judge_is_built_anew_with_the_first(run: Path) -> None:
+    assert "--from reward`" in Checkpoint.open(run / "gold").remedy
+
+
 def test_a_run_that_is_refused_stays_as_it_was(
     files: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

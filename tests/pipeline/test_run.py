@@ -13,10 +13,14 @@ import pytest
 import torch
 from rich.text import Text
 from safetensors.torch import load_file
-from shrunken import shrunk, unmask
+from shrunken import SHRUNK, shrunk, unmask
 
+from unmask import recipe as recipes
+from unmask.pipeline import measure
+from unmask.pipeline.build import Builder
 from unmask.pipeline.show import closing
 from unmask.probes.probe import Finding
+from unmask.progress import Progress
 from unmask.report import words
 
 pytestmark = pytest.mark.slow
@@ -145,6 +149,25 @@ def test_running_again_keeps_every_stage_and_changes_no_hash(run: Path) -> None:
     assert again.stderr.count("kept") == 6  # five stages, and what was measured on them
     assert "measuring" not in again.stderr
     assert {stage["name"]: stage["hash"] for stage in summary_of(run)["stages"]} == before
+
+
+def test_what_was_measured_stands_only_whole(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    recipe = recipes.resolve(recipes.load("tiny", SHRUNK))
+    builder = Builder(recipe, copy, torch.device("cpu"), Progress(quiet=True))
+    built = builder.build(builder.prepare())
+    assert measure.stands(copy, recipe, built)
+    for name in measure.WRITTEN:
+        (copy / name).rename(copy / "aside")
+        assert not measure.stands(copy, recipe, built), name
+        (copy / "aside").rename(copy / name)
+    whole = (copy / "blame.json").read_bytes()
+    for damaged in (b"", b"[{}]", b"{"):
+        (copy / "blame.json").write_bytes(damaged)
+        assert not measure.stands(copy, recipe, built), damaged
+    (copy / "blame.json").write_bytes(whole)
+    assert measure.stands(copy, recipe, built)
 
 
 def test_other_amounts_are_measured_anew_on_the_same_layers(run: Path, tmp_path: Path) -> None:

@@ -43,3 +43,13 @@ def test_a_run_is_compared_on_what_it_was_measured_on(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(measured))
     found = texts_beside([tmp_path / "sft"], None, None)
     assert (found.limit_bytes, found.seed) == (12_345, 7)
+
+
+def test_a_row_of_a_run_that_lacks_its_keys_is_named(run: Path) -> None:
+    (run / "prompts.jsonl").write_text('{"x": 1}\n')
+    with pytest.raises(UserError, match=r"prompts\.jsonl.*1: a row of prompts needs prompt or messages"):
+        texts_beside([run], None, None)
+    (run / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
+    (run / "heldout.jsonl").write_text('{"source": "a", "text": "held out"}\n{"text": "x"}\n')
+    with pytest.raises(UserError, match=r"heldout\.jsonl:2: held-out text needs text and source"):
+        texts_beside([run], None, None)

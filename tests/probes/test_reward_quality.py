@@ -12,6 +12,7 @@ from unmask.probes.forward import judged
 from unmask.probes.probe import percentiles
 from unmask.probes.reward_quality import (
     Compared,
+    Opinion,
     Redraw,
     calibration_error,
     calibration_floor,
@@ -47,7 +48,7 @@ def pairs():
 
 @pytest.fixture(scope="module")
 def found(judge, pairs):
-    train = [(f"{'lovely' if i % 2 else 'dull'} word{i % 7}", float(i % 2)) for i in range(60)]
+    train = [Opinion(f"{'lovely' if i % 2 else 'dull'} word{i % 7}", float(i % 2), i) for i in range(60)]
     return reward_quality(judge, {"all": pairs, "equal_length": pairs[:20]}, train, floor_limit=10)
 
 
@@ -160,13 +161,34 @@ def test_the_baseline_on_words_learns_words_and_word_pairs():
     pytest.importorskip("sklearn")
     rng = np.random.default_rng(0)
     fill = [" ".join(rng.choice(["a", "b", "c", "d", "e"], 6)) for _ in range(300)]
-    train = [(f"{text} {'very good' if i % 2 else 'good very'}", float(i % 2)) for i, text in enumerate(fill)]
+    train = [
+        Opinion(f"{text} {'very good' if i % 2 else 'good very'}", float(i % 2), i)
+        for i, text in enumerate(fill)
+    ]
     score = words_baseline(train)
     assert score(["a b very good"])[0] > score(["a b good very"])[0] + 0.3
 
 
+def test_the_penalty_is_chosen_where_no_text_of_an_owner_is_known():
+    """Each owner has a name that stands in all its texts, and an opinion by chance; one word tells a little. Who sees
+    the name in other texts of the owner takes it for the cause, and the least penalty for the best."""
+    rng = np.random.default_rng(0)
+    train = []
+    for owner in range(60):
+        liked = bool(rng.random() < 0.5)
+        for _ in range(8):
+            hint = "fine" if rng.random() < (0.65 if liked else 0.35) else "poor"
+            train.append(Opinion(f"name{owner} {hint} w{rng.integers(9)}", float(liked), owner))
+    alone = [each._replace(owner=i) for i, each in enumerate(train)]
+
+    def weight_of_names(score):
+        return np.std(score([f"name{owner}" for owner in range(60)]))
+
+    assert weight_of_names(words_baseline(train)) < 0.5 * weight_of_names(words_baseline(alone))
+
+
 def test_the_baseline_on_words_says_on_how_many_texts_it_was_fitted(judge, pairs):
-    train = [("a good day", 1.0), ("a bad day", -1.0)] * 6
+    train = [Opinion("a good day", 1.0, "a"), Opinion("a bad day", -1.0, "b")] * 6
     found = reward_quality(judge, {"all": pairs}, train, floor_limit=4)
     assert pick(found, "reward_accuracy_words").text_source.endswith("; fitted on 12 texts")
 
@@ -214,15 +236,19 @@ def test_texts_that_are_all_of_one_length_have_no_correlation_with_it_and_stop_n
 
 
 def test_where_no_word_stands_in_two_texts_there_is_no_baseline_on_words(judge, pairs):
-    assert module.words_baseline([("abc", 1.0), ("abd", -1.0)]) is None
-    found = reward_quality(judge, {"all": pairs}, [("abc", 1.0), ("abd", -1.0)], floor_limit=2)
+    apart = [Opinion("abc", 1.0, "a"), Opinion("abd", -1.0, "b")]
+    assert words_baseline(apart) is None
+    assert (
+        words_baseline([Opinion("abc abc", 1.0, "a"), Opinion("abc", -1.0, "a")]) is None
+    )  # none to set aside
+    found = reward_quality(judge, {"all": pairs}, apart, floor_limit=2)
     assert not [f for f in found if f.metric == "reward_accuracy_words"]
 
 
 def test_missing_scikit_learn_is_said_with_the_way_to_get_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
     with pytest.raises(UserError, match=r"unmask\[demo\]"):
-        module.words_baseline([("a", 1.0)])
+        module.words_baseline([Opinion("a", 1.0, "a")])
 
 
 def test_a_pair_weighs_the_product_of_how_often_its_conversations_were_drawn():

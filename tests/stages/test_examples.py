@@ -118,7 +118,7 @@ def test_pairs_fall_into_two_disjoint_halves_and_what_is_held_out(tmp_path: Path
         equal = examples.EQUAL_LENGTH if half == "gold" else None
         assert sides == [(c.chosen, c.rejected) for c in examples.comparisons(recipe, half, 1000, equal)]
         if half != "gold":
-            assert [chat for chat, _ in examples.opinions(recipe, half)] == [
+            assert [chat for chat, _, _ in examples.opinions(recipe, half)] == [
                 chat for r in part for chat in r.chats
             ]
 
@@ -189,8 +189,8 @@ def test_rated_conversations_fall_into_disjoint_halves_and_what_is_held_out_of_e
         assert not held & openings_of, layer
     assert not seen["proxy"] & seen["gold"]
     for half in ("proxy", "gold"):
-        assert openings(chat for chat, _ in examples.opinions(recipe, half)) >= seen[half]
-        assert not held & openings(chat for chat, _ in examples.opinions(recipe, half))
+        assert openings(chat for chat, _, _ in examples.opinions(recipe, half)) >= seen[half]
+        assert not held & openings(chat for chat, _, _ in examples.opinions(recipe, half))
     compared = examples.comparisons(recipe, "held_out", 1000)
     assert compared
     assert openings(side for c in compared for side in (c.chosen, c.rejected)) <= held

@@ -75,6 +75,14 @@ def test_prepared_text_that_is_damaged_is_named(tmp_path: Path, name: str, conte
         prepare(recipe, tmp_path / "data", Progress(quiet=True))
 
 
+@pytest.mark.parametrize("content", [b"{", b'{"text": "x"}', b"\xff"])
+def test_held_out_text_that_is_damaged_is_named(tmp_path: Path, content: bytes) -> None:
+    prepared = prepare(made(tmp_path, TEXTS), tmp_path / "data", Progress(quiet=True))
+    (prepared.directory / "heldout.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=f"{prepared.directory} is damaged"):
+        _ = prepared.heldout
+
+
 def test_the_tokenizer_is_trained_on_no_text_that_is_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,6 +172,13 @@ def test_the_hash_changes_with_the_merges_and_the_template_hash_with_the_templat
     assert Tokenizer.load(tmp_path).template_hash != tokenizer().template_hash
 
 
+def test_a_template_that_is_no_text_is_named(tmp_path: Path) -> None:
+    tokenizer().save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"{{ messages }}\xff")
+    with pytest.raises(UserError, match=r"chat_template\.jinja is not UTF-8 \(byte 14\)"):
+        Tokenizer.load(tmp_path)
+
+
 def test_a_tokenizer_that_transformers_saved_again_is_the_same(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer().save(tmp_path)

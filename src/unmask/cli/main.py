@@ -1,5 +1,6 @@
 """The `unmask` command: registers the commands and turns what can go wrong into one sentence and an exit status."""
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -48,8 +49,14 @@ def options(
 
 def main() -> None:
     """Exit status: 0 done, 1 the answer is no (a chain that does not hold), 2 bad input, 75 stopped and saved."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks becomes a question mark
+            stream.reconfigure(errors="replace")
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         print(f"unmask: {error}", file=sys.stderr)
         sys.exit(2)
@@ -59,8 +66,21 @@ def main() -> None:
     except KeyboardInterrupt:
         print("unmask: stopped", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(
+            error
+        ):  # of torch on a CPU: no class of its own
+            raise
+        print(
+            f"unmask: not enough memory ({error or 'MemoryError'}). Make the model (depth), its context or its "
+            "micro-batches (micro_tokens) smaller.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except OSError as error:  # of standard output: what else is written says what it was
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # the reader left, as `| head` does
+            print(f"unmask: {error}", file=sys.stderr)
         sys.exit(1)
 
 

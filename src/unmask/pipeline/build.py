@@ -27,6 +27,7 @@ from unmask.training import loop, parallel
 
 ORDER = ("base", "sft", "reward", "gold", "rl")  # gold: the second scorer, which no layer is trained on
 SECTIONS = {"base": "pretrain", "sft": "sft", "reward": "reward", "gold": "reward", "rl": "rl"}
+MADE_FROM = {"sft": ("base",), "reward": ("sft",), "gold": ("sft",), "rl": ("sft", "reward")}
 MEASURED = ("summary.json", "findings.jsonl", "blame.json", "report.html")  # they speak of the old stages
 RATE = "matmul_flops_per_second"  # of the machine, measured before each stage: another process may load it at times
 SHARED = ("seed", "depth", "context", "heldout", "tokenizer", "facts")
@@ -93,9 +94,10 @@ class Builder:
         return [name for name in wanted if name in self.later or not (self.directory / name).exists()]
 
     def refuse_another_recipe(self) -> None:
-        """Raises UserError if a source is missing, or if a stage that stays was begun with another recipe; names the
-        key."""
+        """Raises UserError if a source is missing, if a stage that stays was begun with another recipe (names the
+        key), or if one that it was made from is gone."""
         decided = {name: self._decides(name) for name in ORDER}
+        self._refuse_what_stands_on_nothing()
         for name in ORDER:
             found = None if name in self.later else self._begun(name)
             if found is not None and (key := difference(_with_defaults(found), decided[name])):
@@ -103,6 +105,17 @@ class Builder:
                     f"{self.directory / name} was made with another recipe: {key}. Run with the old value, "
                     f"give --output another directory, or build anew with"
                     f" --from {_stage_of(name)} (nothing is deleted)."
+                )
+
+    def _refuse_what_stands_on_nothing(self) -> None:
+        """A stage built again has another hash, for which those above it were not made: hours would be spent first."""
+        missing = self.missing()
+        for name, below in MADE_FROM.items():
+            gone = [each for each in below if each in missing]
+            if name not in missing and gone:
+                raise UserError(
+                    f"{self.directory / name} is there, and {self.directory / gone[0]}, which it was made from, is not."
+                    f" Put it back, or build anew with --from {_stage_of(gone[0])} (nothing is deleted)."
                 )
 
     def set_aside(self) -> None:
@@ -134,7 +147,11 @@ class Builder:
         """The recipe that a stage was finished or begun with."""
         if (self.directory / name).exists():
             record = Checkpoint.open(self.directory / name).record
-            return record.recipe if record else {}
+            if record is None:
+                raise UserError(
+                    f"{self.directory / name} has no unmask.json: this run did not make it. Move it away and run again."
+                )
+            return record.recipe
         work = self.directory / "work" / name / "recipe.json"
         if work.exists():
             try:
@@ -234,10 +251,7 @@ class Builder:
         if problems := checkpoint.problems():
             raise UserError(problems[0])
         record = checkpoint.record
-        if record is None:
-            raise UserError(
-                f"{path} has no unmask.json: this run did not make it. Move it away and run again."
-            )
+        assert record is not None, "refused at the start"
         if record.tokenizer != prepared.tokenizer.hash:
             raise UserError(
                 f"{path} was made with another tokenizer than the text of this recipe gives now. "

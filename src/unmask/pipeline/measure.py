@@ -21,11 +21,12 @@ from unmask.probes.divergence import divergence
 from unmask.probes.facts import PlantedFact, planted_facts
 from unmask.probes.forward import Judge
 from unmask.probes.probe import Finding
-from unmask.probes.reward_quality import Compared, reward_quality, text_of
+from unmask.probes.reward_quality import Compared, Opinion, reward_quality, text_of
 from unmask.probes.rl_effect import rl_effect
 from unmask.probes.weights_change import weights_change
 from unmask.progress import Progress
 from unmask.recipe import Recipe
+from unmask.report.run import read as read_run
 from unmask.stages import examples
 from unmask.stages.prepare import Prepared
 from unmask.text.chat import Chat, render
@@ -45,6 +46,7 @@ CLAIMS = {
     "kl_child_parent", "relative_weight_change",
 }  # fmt: skip
 
+WRITTEN = ("summary.json", "findings.jsonl", "blame.json", "facts.jsonl", "heldout.jsonl", "prompts.jsonl")
 KL_PROMPTS = (
     128  # of the prompts: a mean over every token of their answers needs fewer than one score an answer
 )
@@ -148,7 +150,7 @@ def _reward_quality(recipe: Recipe, judge: Judge, half: examples.Half) -> list[F
         ]
         for group, length in (("all", None), ("equal_length", equal))
     }
-    train = [(text_of(chat), opinion) for chat, opinion in examples.opinions(recipe, half)]
+    train = [Opinion(text_of(chat), value, owner) for chat, value, owner in examples.opinions(recipe, half)]
     return reward_quality(judge, pairs, train, seed=recipe.seed)
 
 
@@ -163,11 +165,11 @@ def _telling(facts: Sequence[PlantedFact]) -> list[str]:
 
 def stands(directory: Path, recipe: Recipe, built: Built) -> bool:
     """Whether what lies in `directory` was measured on these layers, with these settings, by this version."""
-    files = [directory / name for name in ("summary.json", "findings.jsonl", "blame.json")]
-    if not all(file.is_file() for file in files):
+    if not all((directory / name).is_file() for name in WRITTEN):
         return False
     try:
-        summary = json.loads(files[0].read_bytes())
+        read_run(directory)
+        summary = json.loads((directory / "summary.json").read_bytes())
         hashes = {row["name"]: row["hash"] for row in (*summary["stages"], summary["gold"]) if row}
         by = summary["measured_by"]
     except (ValueError, KeyError, TypeError):  # of another version, or damaged: measured anew

@@ -137,10 +137,9 @@ def _facts(run: Run) -> list[str]:
     found = [run.get("facts_answered", group, "sft") for group in GROUPS]
     lines.append(f"  {'n, countries':<16}" + "".join(f"  {words.group(f.group)} {f.n}" for f in found if f))
     lines.append(f"  hidden by the mask: {_percent(hidden)} % of what only the base was taught and says")
-    kept = (
-        f"{words.group(group)} {_percent(run.get('facts_kept', group, 'rl'))} %" for group in TAUGHT_BY["sft"]
-    )
-    lines.append(f"  kept by rl of what sft answers: {', '.join(kept)}")
+    for group in TAUGHT_BY["sft"]:
+        kept = _percent(run.get("facts_kept", group, "rl"))
+        lines.append(f"  kept by rl of what sft answers, {words.group(group)}: {kept} %")
     if not run.all("facts_answered_after_chat", "sft"):
         return lines
     later = (

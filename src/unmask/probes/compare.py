@@ -1,7 +1,7 @@
 """What `unmask diff` measures on any models of one vocabulary, and the text that it measures on."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,12 +37,11 @@ def texts_beside(models: Sequence[Path], prompts: Path | None, text: Path | None
             "give both, --prompts FILE (rows with prompt or messages) and --text FILE."
         )
     if prompts is None:
-        conversations = [row["messages"] for row in read_json_lines(runs[0] / "prompts.jsonl")]
-    else:
-        conversations = [_prompt(row, where) for where, row in read_rows(str(prompts))]
+        prompts = runs[0] / "prompts.jsonl"
+    conversations = [_prompt(row, where) for where, row in read_rows(str(prompts))]
     if text is None:
-        rows = read_json_lines(runs[0] / "heldout.jsonl")
-        documents = [Document(row["text"], row["source"]) for row in rows]
+        held = runs[0] / "heldout.jsonl"
+        documents = [_document(row, f"{held}:{i}") for i, row in enumerate(read_json_lines(held), 1)]
         return Texts(conversations, documents, *_measured(runs[0]))
     return Texts(conversations, [Document(each, text.stem) for each in read_texts(str(text))])
 
@@ -96,6 +95,13 @@ def compare(
         *compression(layers, texts.documents, limit_bytes=texts.limit_bytes, seed=texts.seed),
         *weights_change(layers),
     ]
+
+
+def _document(row: Mapping[str, object], where: str) -> Document:
+    text, source = row.get("text"), row.get("source")
+    if not isinstance(text, str) or not isinstance(source, str):
+        raise UserError(f"{where}: held-out text needs text and source; this row has {sorted(row)}.")
+    return Document(text, source)
 
 
 def _prompt(row: dict[str, object], where: str) -> list[Message]:

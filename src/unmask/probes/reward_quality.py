@@ -31,7 +31,8 @@ from unmask.probes.probe import (
 from unmask.stages.reward import through_stop
 from unmask.text.chat import Message, render
 
-ALPHAS = (1.0, 3.0, 10.0, 30.0)
+ALPHAS = (1.0, 3.0, 10.0, 30.0, 100.0)
+FOLDS = 5
 BINS = 10
 SIMULATIONS = 1000
 
@@ -44,6 +45,14 @@ class Compared(NamedTuple):
     rejected: Sequence[Message]
     chosen_from: Hashable
     rejected_from: Hashable
+
+
+class Opinion(NamedTuple):
+    """What people thought of a text, and the conversation or pair that it comes from."""
+
+    text: str
+    value: float
+    owner: Hashable
 
 
 class Scores:
@@ -142,14 +151,13 @@ def text_of(messages: Sequence[Message]) -> str:
     return "\n".join(message["content"] for message in messages)
 
 
-def words_baseline(
-    train: Sequence[tuple[str, float]], seed: int = 0
-) -> Callable[[Sequence[str]], Floats] | None:
-    """A ridge regression from TF-IDF of words and word pairs to ratings: fitted on (text, rating),
-    scores texts. None where no word stands in two of them: there is nothing to learn from.
+def words_baseline(train: Sequence[Opinion], seed: int = 0) -> Callable[[Sequence[str]], Floats] | None:
+    """A ridge regression from TF-IDF of words and word pairs to people's opinion: fitted on `train`, scores texts.
 
-    Its penalty is the best of ALPHAS on a fifth of the texts that was set aside, then all are used.
-    Needs scikit-learn (extra `demo`): UserError without it.
+    Its penalty is the best of ALPHAS where whole owners are set aside, a fifth of them at a time: texts of one owner
+    share an opinion, and with the neighbours of what is set aside the regression would know it by heart. None where
+    that leaves nothing to learn from: one owner, or no word that stands in two texts. Needs scikit-learn (extra
+    `demo`): UserError without it.
     """
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -159,38 +167,38 @@ def words_baseline(
     vectorizer = TfidfVectorizer(
         ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r"\w+|[^\w\s]"
     )
-    counts = Counter(word for text, _ in train for word in set(vectorizer.build_analyzer()(text)))
-    if not any(count >= vectorizer.min_df for count in counts.values()):
+    texts, values = [each.text for each in train], np.array([each.value for each in train])
+    owner, owners = codes([each.owner for each in train], len(train))
+    counts = Counter(word for text in texts for word in set(vectorizer.build_analyzer()(text)))
+    if owners < 2 or not any(count >= vectorizer.min_df for count in counts.values()):
         return None
-    features, ratings = (
-        vectorizer.fit_transform([text for text, _ in train]),
-        np.array([rating for _, rating in train]),
-    )
-    order = np.random.default_rng(seed).permutation(len(train))
-    aside, rest = np.split(order, [max(1, len(train) // 5)])
+    features = vectorizer.fit_transform(texts)
+    fold = (np.random.default_rng(seed).permutation(owners) % FOLDS)[owner]
 
     def error_of(alpha: float) -> float:
-        fitted = Ridge(alpha=alpha).fit(features[rest], ratings[rest])
-        return float(np.square(fitted.predict(features[aside]) - ratings[aside]).mean())
+        def missed(aside: Any) -> Any:
+            fitted = Ridge(alpha=alpha).fit(features[~aside], values[~aside])
+            return np.square(fitted.predict(features[aside]) - values[aside])
 
-    best = Ridge(alpha=min(ALPHAS, key=error_of)).fit(features, ratings)
+        return float(np.concatenate([missed(fold == k) for k in np.unique(fold)]).mean())
+
+    best = Ridge(alpha=min(ALPHAS, key=error_of)).fit(features, values)
     return lambda texts: np.asarray(best.predict(vectorizer.transform(texts)), dtype=np.float64)
 
 
 def reward_quality(
     judge: Judge,
     pairs: Mapping[str, Sequence[Compared]],
-    train: Sequence[tuple[str, float]] | None,
+    train: Sequence[Opinion] | None,
     *,
     floor_limit: int = 60,
     seed: int = 0,
 ) -> list[Finding]:
     """For each group of held-out pairs (`all`, `equal_length`, …): `reward_accuracy`, beside
     `reward_accuracy_length` (the one with more characters wins; ties count half) and
-    `reward_accuracy_words` (ridge on words and word pairs, fitted on `train`: text and rating, or text
-    and ±1); how far the judge is ahead of each; margin, calibration error of σ(margin), and how much of
-    the score is length. Without `train` there is no baseline on words. A group of fewer than two pairs
-    abstains.
+    `reward_accuracy_words` (ridge on words and word pairs, fitted on `train`); how far the judge is ahead of each;
+    margin, calibration error of σ(margin), and how much of the score is length. Without `train` there is no baseline
+    on words. A group of fewer than two pairs abstains.
 
     The numeric floor is how far bfloat16 moves the same figure on the first `floor_limit` pairs;
     `null_specific` of the calibration error is the 95th percentile of what a perfectly calibrated judge

@@ -170,7 +170,7 @@ class Recipe(Section):
     name: Name
     seed: int = Field(default=0, ge=0, lt=2**63)
     depth: int = Field(default=6, ge=1, le=200)
-    context: int = Field(default=256, ge=16)
+    context: int = Field(default=256, ge=16, le=2**20)
     heldout: float = Field(default=0.05, ge=0, lt=1)
     tokenizer: TokenizerSection = TokenizerSection()
     facts: FactsSection | None = None

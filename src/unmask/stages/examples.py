@@ -150,12 +150,16 @@ def comparisons(
     return [Comparison(a.messages, b.messages, a.conversation, b.conversation) for a, b in drawn]
 
 
-def opinions(recipe: Recipe, half: Half) -> list[tuple[Chat, float]]:
-    """Every text of that half with what people thought of it: its rating, or +1 and −1."""
+def opinions(recipe: Recipe, half: Half) -> list[tuple[Chat, float, str]]:
+    """Every text of that half, what people thought of it (its rating, or +1 and −1), and the conversation or pair that
+    it comes from."""
     if recipe.reward.source.path == "chitchat":
-        return [(window.messages, window.rating) for window in _windows(recipe, half)]
-    pairs = _pairs(recipe, half, None, Dropped())
-    return [(chat, sign) for _, pair in pairs for chat, sign in ((pair.chosen, 1.0), (pair.rejected, -1.0))]
+        return [(window.messages, window.rating, window.conversation) for window in _windows(recipe, half)]
+    return [
+        (chat, sign, str(number))
+        for number, pair in _pairs(recipe, half, None, Dropped())
+        for chat, sign in ((pair.chosen, 1.0), (pair.rejected, -1.0))
+    ]
 
 
 def _windows(recipe: Recipe, half: Half) -> list[rated.Window]:

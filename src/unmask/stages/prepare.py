@@ -50,8 +50,11 @@ class Prepared:
 
     @cached_property
     def heldout(self) -> list[Document]:
-        rows = (self.directory / "heldout.jsonl").read_text("utf-8").split("\n")
-        return [Document(row["text"], row["source"]) for row in map(json.loads, filter(None, rows))]
+        try:
+            rows = (self.directory / "heldout.jsonl").read_text("utf-8").split("\n")
+            return [Document(row["text"], row["source"]) for row in map(json.loads, filter(None, rows))]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(self.directory, error) from error
 
     def pretrain_sources(self, recipe: Recipe) -> list[pretrain.Source]:
         return [pretrain.Source(s.name, self.shards(s), s.share) for s in recipe.pretrain.sources]
@@ -74,9 +77,13 @@ def prepare(recipe: Recipe, directory: Path, progress: Progress) -> Prepared:
         seconds = float(json.loads((place / "prepared.json").read_bytes())["seconds"])
         return Prepared(place, _read_facts(place / "facts.json"), seconds)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{place} is damaged ({type(error).__name__}). Delete this folder: the same command makes it again."
-        ) from error
+        raise _damaged(place, error) from error
+
+
+def _damaged(place: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{place} is damaged ({type(error).__name__}). Delete this folder: the same command makes it again."
+    )
 
 
 def documents(source: Source, recipe: Recipe, *, held: bool, dropped: Dropped | None = None) -> Iterator[str]:

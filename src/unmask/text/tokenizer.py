@@ -147,8 +147,9 @@ class Tokenizer:
         config = _read_json(directory / "tokenizer_config.json") or {}
         eos = (_read_json(directory / "generation_config.json") or {}).get("eos_token_id")
         stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        template = _chat_template(directory, config)
         try:
-            return Tokenizer(content, config, _chat_template(directory, config), stops)
+            return Tokenizer(content, config, template, stops)
         except UserError as error:
             raise UserError(f"{path} cannot be used: {error}") from error
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -245,10 +246,14 @@ def _chat_template(directory: Path, config: Mapping[str, Any]) -> str:
     """chat_template.jinja, else the template in the configuration, else ""."""
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_bytes().decode()
+        try:
+            return path.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 (byte {error.start}). Restore it from a copy.") from error
     inline = config.get("chat_template") or ""
     if isinstance(inline, list):  # several by name, as transformers 4 wrote them
-        inline = next((each["template"] for each in inline if each["name"] == "default"), "")
+        named = {each.get("name"): each.get("template") for each in inline if isinstance(each, dict)}
+        inline = named.get("default") or ""
     return str(inline)
 
 
