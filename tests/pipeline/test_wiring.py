@@ -84,7 +84,7 @@ def test_every_probe_gets_its_own_layers_judges_and_text(
     half_of = halves(place.recipe)
     assert [judge.name for judge, _, _ in of["reward_quality"]] == ["reward", "gold"]
     for (_, pairs, train), half in zip(of["reward_quality"], ("proxy", "gold"), strict=True):
-        assert {half_of[text] for text, _ in train} == {half}
+        assert {half_of[text] for text, _, _ in train} == {half}
         sides = [text_of(side) for group in pairs.values() for pair in group for side in pair[:2]]
         assert {half_of[side] for side in sides} == {"held_out"}
         for pair in pairs["equal_length"]:
