@@ -29,6 +29,14 @@ def test_resolving_twice_changes_nothing() -> None:
     assert recipe.resolve(once) == once
 
 
+def test_what_is_given_stays_and_later_tokens_are_shares_of_what_is_given_to_the_base() -> None:
+    data = recipe.load("tiny", ["pretrain.tokens=1_000_000", "rl.tokens=7000"]).model_dump(mode="json")
+    data["sft"]["tokens"] = data["reward"]["tokens"] = None
+    resolved = recipe.resolve(recipe.validate(data, "here"))
+    sections = (resolved.pretrain, resolved.sft, resolved.reward, resolved.rl)
+    assert [section.tokens for section in sections] == [1_000_000, 250_000, 200_000, 7000]
+
+
 def test_depth_alone_widens_the_model_and_lowers_the_learning_rate() -> None:
     assert [recipe.width_of(depth) for depth in (1, 6, 12, 24)] == [64, 256, 512, 1024]
     small, large = (recipe.resolve(recipe.load("tiny", [f"depth={d}"])) for d in (6, 12))
@@ -45,6 +53,7 @@ def test_depth_alone_widens_the_model_and_lowers_the_learning_rate() -> None:
         ("depth='six'", "depth"),
         ("nonsense", "--set 'nonsense' is not of the form"),
         ("name=../../etc", "name"),
+        ("name.x=1", "--set 'name.x=1': 'name' is not a section of the recipe"),
     ],
 )
 def test_a_bad_override_is_named_with_what_to_do(override: str, said: str) -> None:
@@ -137,6 +146,11 @@ def test_difference_names_the_first_key_that_differs() -> None:
     old, new = ({"sft": {"tokens": tokens, "lr": 1}} for tokens in (5, 6))
     assert recipe.difference(old, new) == "sft.tokens was 5 and is now 6"
     assert recipe.difference(old, old) is None
+
+
+def test_a_key_that_only_one_side_has_is_a_difference() -> None:
+    assert recipe.difference({"sft": {"lr": 1}}, {"sft": {}}) == "sft.lr was 1 and is now None"
+    assert recipe.difference({}, {"lr": 1}) == "lr was None and is now 1"
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,15 @@ def test_it_writes_what_transformers_writes_from_prompts_of_unequal_length(tmp_p
         assert answer.ids == theirs[0, len(prompt) :].tolist()
 
 
+def test_rows_that_are_selected_keep_what_they_have_read() -> None:
+    cache, ids = foreign.TokenCache(3, 4, torch.device("cpu")), torch.arange(12).view(3, 4)
+    cache.ids_BT.copy_(ids)
+    cache.advance(torch.tensor([4, 2, 3]))
+    cache.select(torch.tensor([2, 0]))
+    assert cache.ids_BT.tolist() == ids[[2, 0]].tolist()
+    assert cache.lengths_B.tolist() == [3, 4]
+
+
 def test_a_family_of_ours_gives_the_same_through_transformers(tmp_path: Path) -> None:
     ours, ids = decoder(CONFIGS["qwen3"]), token_ids(2, 12)
     weights.save(tmp_path, ours)
@@ -189,3 +198,16 @@ def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot open"):
         foreign.open(tmp_path)
+
+
+def test_code_that_comes_with_a_model_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def opened(source: object, **keys: object) -> None:
+        asked.update(keys)
+        raise OSError
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", opened)
+    with pytest.raises(UserError):
+        foreign.open(tmp_path)
+    assert asked["trust_remote_code"] is False

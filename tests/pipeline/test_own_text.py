@@ -14,11 +14,11 @@ from unmask.errors import UserError
 from unmask.lineage import Checkpoint, Lineage
 from unmask.model.scorer import Scorer
 from unmask.pipeline import build as build_module
-from unmask.pipeline import check, jobs, runner
+from unmask.pipeline import check, jobs, measure, runner
 from unmask.pipeline.build import Builder, Built
 from unmask.progress import Progress
 from unmask.recipe import Recipe
-from unmask.stages import rollouts
+from unmask.stages import ppo, rollouts
 from unmask.stages.prepare import prepare
 from unmask.stages.reward import scores
 
@@ -199,10 +199,59 @@ def test_a_stage_of_another_tokenizer_is_refused(files: Path, run: Path) -> None
         build(recipe_of(files, tokenizer__vocabulary=310), run)
 
 
+def test_a_stage_whose_weights_have_changed_is_refused(files: Path, run: Path) -> None:
+    weights = run / "base" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match=r"base: .*model\.safetensors.* --from base"):
+        build(recipe_of(files), run)
+
+
+def test_a_stage_that_was_stopped_goes_on_with_the_recipe_that_it_was_begun_with_alone(
+    files: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise InterruptedError
+
+    shutil.rmtree(run / "rl")
+    shutil.rmtree(run / "work" / "rl")
+    monkeypatch.setattr(build_module.loop, "train", stopped)
+    with pytest.raises(InterruptedError):
+        build(recipe_of(files), run)
+    builder_of(recipe_of(files), run).refuse_another_recipe()
+    with pytest.raises(UserError, match=r"rl was made with another recipe: rl\.kl .*--from rl"):
+        builder_of(recipe_of(files, rl__kl=2.0), run).refuse_another_recipe()
+
+
 def test_a_nudge_by_another_reward_model_is_refused(files: Path, run: Path) -> None:
     shutil.rmtree(run / "reward")
     with pytest.raises(UserError, match=r"rl was made from another checkpoint: reward .* --from rl"):
         build(recipe_of(files, reward__lr=1e-2), run)
+
+
+def test_what_was_measured_stands_for_the_layers_alone_that_it_was_measured_on(
+    files: Path, run: Path
+) -> None:
+    recipe = recipe_of(files)
+    builder = builder_of(recipe, run)
+    prepared = builder.prepare()
+    before = builder.build(prepared)
+    measure.write(run, recipe, prepared, before, measure.Measured([], [], 1.0, 1), builder.device)
+    assert measure.stands(run, recipe, before)
+    shutil.rmtree(run / "rl")
+    other = build(recipe_of(files, rl__kl=2.0), run)
+    assert not measure.stands(run, recipe, other)
+
+
+def test_an_answer_of_rl_ends_as_a_turn_does_and_in_no_other_way(files: Path, run: Path) -> None:
+    recipe = recipe_of(files)
+    prepared = builder_of(recipe, run).prepare()
+    place = jobs.Place(recipe, prepared, torch.device("cpu"), Progress(quiet=True))
+    mask, judge = (Checkpoint.open(run / name) for name in ("sft", "reward"))
+    objective = jobs.reinforcement(place, mask, judge, None).objective
+    assert isinstance(objective, ppo.PPO)
+    assert list(objective.stop_ids) == [prepared.tokenizer.turn_end]
 
 
 def test_the_scores_zero_is_the_mean_of_what_sft_answers(

@@ -184,6 +184,25 @@ def test_the_stop_token_has_a_line_of_its_own_and_no_part_in_the_means(
     assert whole.value == pytest.approx((curves[0][:-1].sum() + curves[1].sum()) / 2, rel=1e-4)
 
 
+def test_a_sample_is_of_the_child_where_it_is_called_a_and_of_the_parent_where_it_is_called_p(
+    layers, tokenizer, prompts, monkeypatch
+):
+    words = {"base": tokenizer.encode("Kilu"), "sft": tokenizer.encode("The capital of Bado")}
+    monkeypatch.setattr(
+        module, "say", lambda layer, asked, *_, **__: [Answer(words[layer.name], [], False)] * len(asked)
+    )
+    found = divergence(layers[:2], prompts, floor_limit=1)
+    for source, author in (("A greedy", "sft"), ("A sample", "sft"), ("P sample", "base")):
+        means = []
+        for prompt in prompts:
+            ids = torch.tensor([[*prompt, *words[author]]])
+            with torch.no_grad():
+                log_p, log_q = (layers[k].model(ids)[0].double().log_softmax(-1) for k in (1, 0))
+            means.append(float((log_p.exp() * (log_p - log_q)).sum(-1)[len(prompt) - 1 : -1].mean()))
+        value = pick(found, "kl_child_parent", "sft", "base", source).value
+        assert value == pytest.approx(np.mean(means), rel=1e-4)
+
+
 def test_half_life_and_early_share_of_a_curve_done_by_hand():
     assert half_life(rows([4.0, 1.0, 1.0, 1.0])) == 1
     assert half_life(rows([1.0, 1.0, 1.0, 1.0])) == 2

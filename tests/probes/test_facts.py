@@ -158,6 +158,44 @@ def test_each_fact_is_asked_after_its_own_beginning_in_both_precisions(lineage, 
     assert all(f.value == 0.0 for f in found if f.metric == "facts_answered_change")
 
 
+@pytest.fixture(scope="module")
+def numbered(lineage):
+    """Findings on facts 0 to 39, taught to both layers, and 40 to 79, taught nowhere, of which each layer
+    knows those in a range."""
+    some = [fact(f"C{i}", str(i)) for i in range(40)]
+    some += [replace(fact(f"C{i}", str(i)), group="none") for i in range(40, 80)]
+    plain = {"base": range(20), "sft": range(5, 25), "rl": range(15, 30)}
+    after_chat = {"sft": range(20, 40), "rl": range(30, 46)}
+
+    def among(known, facts):
+        return np.array([int(each.answer) in known for each in facts])
+
+    def asked(layer, facts, *_, after=(), **__):
+        right = among((after_chat if after else plain)[layer.name], facts)
+        return right, np.ones(len(facts), dtype=bool)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "completed", lambda layer, facts, *_, **__: among(plain[layer.name], facts))
+        patch.setattr(module, "answered", asked)
+        return planted_facts(lineage, some, BEFORE, floor_limit=2, max_new_tokens=8)
+
+
+def test_hidden_and_kept_are_shares_of_what_was_known_before_and_not_of_all_facts(numbered):
+    assert value(numbered, "facts_hidden", "both", "sft") == 5 / 20
+    assert value(numbered, "facts_kept", "both", "rl") == 10 / 20
+
+
+def test_what_is_kept_after_a_chat_is_of_what_was_answered_after_a_chat(numbered):
+    assert value(numbered, "facts_kept_after_chat", "both", "rl") == 10 / 20
+
+
+def test_what_chance_answers_is_the_share_of_the_facts_that_were_taught_nowhere(numbered):
+    [one] = [
+        f for f in numbered if (f.metric, f.group, f.child) == ("facts_answered_after_chat", "both", "rl")
+    ]
+    assert (one.value, one.null_specific) == (10 / 40, 6 / 40)
+
+
 def test_a_beginning_that_leaves_no_room_is_not_asked_after(lineage, facts):
     context = lineage[0].model.config.max_position_embeddings
     long = [{"role": "user", "content": "word " * context}, {"role": "assistant", "content": "Hi"}]
@@ -170,7 +208,8 @@ def test_a_beginning_that_leaves_no_room_is_not_asked_after(lineage, facts):
 def test_a_beginning_fits_if_the_longest_question_after_it_leaves_the_answer_its_room(
     lineage, facts, monkeypatch
 ):
-    some, layer = scored(facts, 2), lineage[1]
+    some = [replace(each, question=each.question + "?" * (i % 3)) for i, each in enumerate(scored(facts, 2))]
+    layer = lineage[1]
     asked = [[*BEFORE[0], {"role": "user", "content": each.question}] for each in some]
     longest = max(len(prompt_ids(layer.tokenizer, chat)) for chat in asked)
     for context, fits in ((longest + 8, True), (longest + 7, False)):

@@ -132,6 +132,24 @@ def test_an_answer_that_ends_as_no_conversation_does_is_never_judged(pair, promp
     assert pick(found, "answers_stop", "rl").value == 1.0
 
 
+@pytest.mark.parametrize("cut", ["sft", "rl"])
+def test_a_prompt_whose_answer_one_layer_did_not_finish_is_never_judged(
+    pair, prompts, judge, tokenizer, monkeypatch, cut
+):
+    def ended(layer, prompts, limit, **settings):
+        return [
+            Answer([9, 9], [0.0] * 2, False)
+            if layer.name == cut and i % 2
+            else Answer([9, tokenizer.turn_end], [0.0] * 2, True)
+            for i in range(len(prompts))
+        ]
+
+    monkeypatch.setattr(module, "say", ended)
+    found = rl_effect(*pair, prompts[:9], judge, None, max_new_tokens=4, floor_limit=2)
+    assert {pick(found, "proxy_reward", name).n for name in ("sft", "rl")} == {5}
+    assert pick(found, "proxy_gain").n == 5
+
+
 def test_levels_of_both_layers_and_their_change_agree(found, prompts):
     for metric, unit in (("answers_stop", "1"), ("answer_length", "tokens"), ("capitals", "1")):
         before, after = pick(found, metric, "sft"), pick(found, metric, "rl")
