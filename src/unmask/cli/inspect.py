@@ -215,7 +215,7 @@ def _print_blame(found: dict[str, Any]) -> None:
         line.append(token["text"].translate(UNPRINTABLE), style=colour.terminal)
         line.append(colour.mark, style=f"{colour.terminal} dim")
     out.print(line)
-    out.print("  ".join(f"[{layer_colour(i).terminal}]{layer_colour(i).mark} {name}[/]" for name, i in places.items())
+    out.print("  ".join(f"[{layer_colour(i).terminal}]{layer_colour(i).mark} {escape(name)}[/]" for name, i in places.items())
               + f"  · below the floor of {found['floor']:.2g} nats")  # fmt: skip
     first = found["tokens"][0]
     out.print(
@@ -223,7 +223,7 @@ def _print_blame(found: dict[str, Any]) -> None:
         f"{first['credits'][0] - first['parts'][0]:.2f}, as it is counted from chance (ln V); "
         "for the others their nats."
     )
-    table = Table("token", *found["layers"], "log p", box=None, pad_edge=False)
+    table = Table("token", *map(escape, found["layers"]), "log p", box=None, pad_edge=False)
     for token in found["tokens"]:
         colour = layer_colour(places.get(token["layer"], -1))
         cells = [f"{part:+.2f}" for part in token["parts"]]
