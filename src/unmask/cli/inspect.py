@@ -215,8 +215,8 @@ def _print_blame(found: dict[str, Any]) -> None:
         line.append(token["text"].translate(UNPRINTABLE), style=colour.terminal)
         line.append(colour.mark, style=f"{colour.terminal} dim")
     out.print(line)
-    out.print("  ".join(f"[{layer_colour(i).terminal}]{layer_colour(i).mark} {escape(name)}[/]" for name, i in places.items())
-              + f"  · below the floor of {found['floor']:.2g} nats")  # fmt: skip
+    legend = (f"[{(c := layer_colour(i)).terminal}]{c.mark} {escape(name)}[/]" for name, i in places.items())
+    out.print("  ".join(legend) + f"  · below the floor of {found['floor']:.2g} nats")
     first = found["tokens"][0]
     out.print(
         f"A token's mark is its largest credit: for {escape(found['layers'][0])} its nats below + "
