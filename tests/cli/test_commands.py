@@ -110,7 +110,7 @@ def test_an_output_that_takes_no_more_is_a_sentence() -> None:
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "unmask.cli.main", "doctor"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("unmask: ") and "Traceback" not in done.stderr
 
 
@@ -127,8 +127,10 @@ def test_too_little_memory_is_a_sentence(
     status, text = said(monkeypatch, capsys)
     assert status == 2
     assert text.startswith("unmask: not enough memory")
-    monkeypatch.setattr("unmask.cli.main.app", lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
-    with pytest.raises(RuntimeError, match="a bug"):
+    monkeypatch.setattr(
+        "unmask.cli.main.app", lambda: (_ for _ in ()).throw(RuntimeError("a single memory location"))
+    )
+    with pytest.raises(RuntimeError, match="memory location"):
         main()
 
 
@@ -146,3 +148,9 @@ def test_diff_tells_the_whole_of_a_change_and_not_its_parts() -> None:
         ("bits_per_byte", None),
         ("bits_per_byte", "part"),
     ]
+
+
+def test_an_output_that_is_closed_is_no_trouble() -> None:
+    command = f"{sys.executable} -m unmask.cli.main --version >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert "Traceback" not in done.stderr

@@ -18,7 +18,7 @@ from unmask.pipeline import check, jobs, measure, runner
 from unmask.pipeline.build import Builder, Built
 from unmask.progress import Progress
 from unmask.recipe import Recipe
-from unmask.stages import ppo, rollouts
+from unmask.stages import examples, ppo, rollouts
 from unmask.stages.prepare import prepare
 from unmask.stages.reward import scores
 
@@ -125,6 +125,30 @@ def test_a_stage_whose_parent_is_gone_is_refused_before_anything_is_trained(file
     ):
         builder_of(recipe_of(files), run).refuse_another_recipe()
     Builder(recipe_of(files), run, torch.device("cpu"), Progress(quiet=True), "base").refuse_another_recipe()
+
+
+@pytest.mark.parametrize(
+    ("name", "gone"), [("sft", "base"), ("reward", "sft"), ("gold", "sft"), ("rl", "sft"), ("rl", "reward")]
+)
+def test_each_stage_is_missed_by_those_made_from_it(name: str, gone: str, files: Path, run: Path) -> None:
+    for other in {"base", "sft", "reward", "gold", "rl"} - {name, "base", "sft"} | {gone}:
+        shutil.rmtree(run / other)
+    with pytest.raises(UserError, match=rf"{name} is there, and \S+{gone}, which it was made from, is not"):
+        builder_of(recipe_of(files), run).refuse_another_recipe()
+
+
+def test_without_a_second_judge_a_run_begins_and_the_first_has_every_pair(
+    files: Path, tmp_path: Path
+) -> None:
+    alone, both = recipe_of(files, reward__gold=False), recipe_of(files)
+    builder_of(alone, tmp_path / "new").refuse_another_recipe()
+    assert "gold" not in builder_of(alone, tmp_path / "new").missing()
+
+    def pairs(recipe: Recipe, half: examples.Half) -> int:
+        return len(examples.comparisons(recipe, half, 1000))
+
+    assert pairs(alone, "proxy") == pairs(both, "proxy") + pairs(both, "gold")
+    assert pairs(alone, "held_out") == pairs(both, "held_out") > 0
 
 
 def test_a_stage_without_a_record_is_not_of_this_run(files: Path, run: Path) -> None:

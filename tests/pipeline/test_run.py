@@ -115,7 +115,8 @@ def test_what_was_measured_stands_only_whole(run: Path, tmp_path: Path) -> None:
     builder = Builder(recipe, copy, torch.device("cpu"), Progress(quiet=True))
     built = builder.build(builder.prepare())
     assert measure.stands(copy, recipe, built)
-    for name in measure.WRITTEN:
+    names = ("summary.json", "findings.jsonl", "blame.json", "facts.jsonl", "heldout.jsonl", "prompts.jsonl")
+    for name in names:
         (copy / name).rename(copy / "aside")
         assert not measure.stands(copy, recipe, built), name
         (copy / "aside").rename(copy / name)
@@ -124,7 +125,13 @@ def test_what_was_measured_stands_only_whole(run: Path, tmp_path: Path) -> None:
         (copy / "blame.json").write_bytes(damaged)
         assert not measure.stands(copy, recipe, built), damaged
     (copy / "blame.json").write_bytes(whole)
+    with (copy / "work" / "rl" / "metrics.jsonl").open(
+        "a"
+    ) as torn:  # not measured, so not to be measured again
+        torn.write('{"step": ')
     assert measure.stands(copy, recipe, built)
+    (copy / "heldout.jsonl").write_text('{"x": 1}\n')
+    assert not measure.stands(copy, recipe, built)
 
 
 def test_other_amounts_are_measured_anew_on_the_same_layers(run: Path, tmp_path: Path) -> None:

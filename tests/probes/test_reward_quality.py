@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from unmask.errors import UserError
 from unmask.probes import reward_quality as module
 from unmask.probes.forward import judged
-from unmask.probes.probe import percentiles
+from unmask.probes.probe import change_bounded, percentiles
 from unmask.probes.reward_quality import (
     Compared,
     Opinion,
@@ -157,6 +157,14 @@ def test_correlation_is_pearsons_and_a_weight_is_a_repetition():
     assert correlation(values, weights[None].astype(float))[0] == pytest.approx(expected)
 
 
+def test_a_change_that_all_units_share_is_not_known_exactly():
+    reach = 1 - 0.025 ** (1 / 20)
+    assert change_bounded((0.0, 0.0), 20) == pytest.approx((-reach, reach))
+    assert change_bounded((1.0, 1.0), 20) == pytest.approx((1 - reach, 1.0))
+    assert change_bounded((-0.1, 0.2), 20) == (-0.1, 0.2)
+    assert change_bounded(None, 20) is None
+
+
 def test_the_baseline_on_words_learns_words_and_word_pairs():
     pytest.importorskip("sklearn")
     rng = np.random.default_rng(0)
@@ -227,7 +235,8 @@ def test_a_group_without_pairs_abstains(judge, pairs):
 
 
 def test_texts_that_are_all_of_one_length_have_no_correlation_with_it_and_stop_nobody(judge, recwarn):
-    alike = [pair("abc", "abd", f"a{i}", f"b{i}") for i in range(4)]
+    same = "capital " * 5  # 49 characters with what is around it, whose mean over many texts is rounded
+    alike = [pair(f"{same}capital", f"{same}meaning", f"a{i}", f"b{i}") for i in range(100)]
     found = reward_quality(judge, {"all": alike}, None, floor_limit=2)
     one = pick(found, "reward_length_correlation")
     assert one.value is None and one.floor_numeric is None

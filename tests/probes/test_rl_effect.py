@@ -13,6 +13,7 @@ from unmask.lineage import Layer
 from unmask.model.scorer import Scorer
 from unmask.probes import rl_effect as module
 from unmask.probes.forward import Judge, prompt_ids, say
+from unmask.probes.probe import change_bounded
 from unmask.probes.rl_effect import capitals, controlled_gain, rl_effect
 
 
@@ -88,10 +89,12 @@ def test_a_judge_that_only_likes_length_gives_no_gain_at_equal_length():
 def test_a_layer_and_its_copy_gain_and_differ_by_exactly_nothing(lineage, prompts, judge, gold):
     twin = Layer("twin", lineage[1].model, lineage[1].tokenizer)
     found = rl_effect(lineage[1], twin, prompts[:8], judge, gold, max_new_tokens=16, floor_limit=3)
-    for metric in ("proxy_gain", "gold_gain", "kl_child_parent", "answers_stop_change", "capitals_change"):
+    for metric in ("proxy_gain", "gold_gain", "kl_child_parent", "capitals_change"):
         one = pick(found, metric)
         assert (one.value, one.ci95) == (0.0, (0.0, 0.0))
         assert one.verdict.startswith("not distinguishable")
+    stops = pick(found, "answers_stop_change")  # a share of eight prompts
+    assert (stops.value, stops.ci95) == (0.0, change_bounded((0.0, 0.0), 8))
 
 
 def test_gains_are_paired_differences_of_scores_of_answers_that_end_their_turn(

@@ -118,9 +118,10 @@ def test_pairs_fall_into_two_disjoint_halves_and_what_is_held_out(tmp_path: Path
         equal = examples.EQUAL_LENGTH if half == "gold" else None
         assert sides == [(c.chosen, c.rejected) for c in examples.comparisons(recipe, half, 1000, equal)]
         if half != "gold":
-            assert [chat for chat, _, _ in examples.opinions(recipe, half)] == [
-                chat for r in part for chat in r.chats
-            ]
+            opinions = examples.opinions(recipe, half)
+            assert [chat for chat, _, _ in opinions] == [chat for r in part for chat in r.chats]
+            owners = [owner for _, _, owner in opinions]
+            assert owners[::2] == owners[1::2] and len(set(owners)) == len(part)  # a pair is one
 
 
 def test_what_is_left_out_of_the_preferences_is_counted(tmp_path: Path) -> None:
@@ -191,6 +192,10 @@ def test_rated_conversations_fall_into_disjoint_halves_and_what_is_held_out_of_e
     for half in ("proxy", "gold"):
         assert openings(chat for chat, _, _ in examples.opinions(recipe, half)) >= seen[half]
         assert not held & openings(chat for chat, _, _ in examples.opinions(recipe, half))
+        short = recipe.model_copy(update={"reward": recipe.reward.model_copy(update={"window_turns": 2})})
+        opinions = examples.opinions(short, half)
+        owners = {(owner, rating) for _, rating, owner in opinions}
+        assert 2 * len(owners) == len(opinions)  # the two windows of a conversation are its own
     compared = examples.comparisons(recipe, "held_out", 1000)
     assert compared
     assert openings(side for c in compared for side in (c.chosen, c.rejected)) <= held

@@ -127,7 +127,7 @@ def blame(
 
         write_blame(html, found)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(found))
     else:
         _print_blame(found)
 
@@ -223,7 +223,9 @@ def _print_blame(found: dict[str, Any]) -> None:
         f"{first['credits'][0] - first['parts'][0]:.2f}, as it is counted from chance (ln V); "
         "for the others their nats."
     )
-    table = Table("token", *map(escape, found["layers"]), "log p", box=None, pad_edge=False)
+    table = Table("token", box=None, pad_edge=False)
+    for name in (*found["layers"], "log p"):
+        table.add_column(escape(name), overflow="fold")  # paths differ at their ends
     for token in found["tokens"]:
         colour = layer_colour(places.get(token["layer"], -1))
         cells = [f"{part:+.2f}" for part in token["parts"]]

@@ -56,7 +56,8 @@ def main() -> None:
         try:
             app()
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # None: closed by whoever started us
+                sys.stdout.flush()
     except UserError as error:
         print(f"unmask: {error}", file=sys.stderr)
         sys.exit(2)
@@ -67,21 +68,30 @@ def main() -> None:
         print("unmask: stopped", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(
+        if not isinstance(error, MemoryError | torch_memory_error()) and "can't allocate memory" not in str(
             error
-        ):  # of torch on a CPU: no class of its own
+        ):
             raise
         print(
-            f"unmask: not enough memory ({error or 'MemoryError'}). Make the model (depth), its context or its "
-            "micro-batches (micro_tokens) smaller.",
+            f"unmask: not enough memory ({error or 'MemoryError'}). Take a smaller model, shorter texts, or "
+            "(run) fewer micro_tokens.",
             file=sys.stderr,
         )
         sys.exit(2)
     except OSError as error:  # of standard output: what else is written says what it was
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # the reader left, as `| head` does
-            print(f"unmask: {error}", file=sys.stderr)
-        sys.exit(1)
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader left, as `| head` does
+            sys.exit(1)
+        print(f"unmask: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def torch_memory_error() -> type[BaseException]:
+    """What torch raises for a GPU; only where torch was loaded can it have been raised."""
+    torch = sys.modules.get("torch")
+    error: type[BaseException] = torch.OutOfMemoryError if torch else MemoryError
+    return error
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ class Builder:
         missing = self.missing()
         for name, below in MADE_FROM.items():
             gone = [each for each in below if each in missing]
-            if name not in missing and gone:
+            if gone and name not in self.later and (self.directory / name).exists():
                 raise UserError(
                     f"{self.directory / name} is there, and {self.directory / gone[0]}, which it was made from, is not."
                     f" Put it back, or build anew with --from {_stage_of(gone[0])} (nothing is deleted)."

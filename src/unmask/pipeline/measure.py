@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from unmask.files import write_atomic
+from unmask.files import read_json_lines, write_atomic
 from unmask.lineage import Checkpoint, load_layers
 from unmask.model.scorer import Scorer
 from unmask.pipeline.build import RATE, Built
@@ -26,7 +27,7 @@ from unmask.probes.rl_effect import rl_effect
 from unmask.probes.weights_change import weights_change
 from unmask.progress import Progress
 from unmask.recipe import Recipe
-from unmask.report.run import read as read_run
+from unmask.report import run as run_files
 from unmask.stages import examples
 from unmask.stages.prepare import Prepared
 from unmask.text.chat import Chat, render
@@ -46,7 +47,12 @@ CLAIMS = {
     "kl_child_parent", "relative_weight_change",
 }  # fmt: skip
 
-WRITTEN = ("summary.json", "findings.jsonl", "blame.json", "facts.jsonl", "heldout.jsonl", "prompts.jsonl")
+MEASURED_ON = {  # written beside what was measured; what their rows need
+    "facts.jsonl": {field.name for field in fields(PlantedFact)},
+    "heldout.jsonl": {"source", "text"},
+    "prompts.jsonl": {"messages"},
+}
+WRITTEN = ("summary.json", "findings.jsonl", "blame.json", *MEASURED_ON)
 KL_PROMPTS = (
     128  # of the prompts: a mean over every token of their answers needs fewer than one score an answer
 )
@@ -168,7 +174,10 @@ def stands(directory: Path, recipe: Recipe, built: Built) -> bool:
     if not all((directory / name).is_file() for name in WRITTEN):
         return False
     try:
-        read_run(directory)
+        run_files.measured(directory)
+        for name, needed in MEASURED_ON.items():
+            if any(not needed <= row.keys() for row in read_json_lines(directory / name)):
+                return False
         summary = json.loads((directory / "summary.json").read_bytes())
         hashes = {row["name"]: row["hash"] for row in (*summary["stages"], summary["gold"]) if row}
         by = summary["measured_by"]

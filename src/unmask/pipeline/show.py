@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 import torch
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.markup import escape
 
 from unmask.colours import layer_colour
@@ -197,7 +197,10 @@ def _said(run: Run, blame: Blame) -> list[str]:
     lines = ["", f"What each layer says to «{escape(blame.prompt)}»"]
     for place, name in enumerate(run.layers):
         text = " ".join(blame.alone[name].split())
-        text = escape(text if len(text) < WIDTH - 10 else text[: WIDTH - 12] + " …") or "(no words)"
+        text = (
+            escape(text if cell_len(text) < WIDTH - 10 else set_cell_size(text, WIDTH - 12) + " …")
+            or "(no words)"
+        )
         lines.append(f"  {_marked(place, name)}{' ' * (6 - len(name))} {text}")
     return lines
 

@@ -100,7 +100,10 @@ def compare(
 def _document(row: Mapping[str, object], where: str) -> Document:
     text, source = row.get("text"), row.get("source")
     if not isinstance(text, str) or not isinstance(source, str):
-        raise UserError(f"{where}: held-out text needs text and source; this row has {sorted(row)}.")
+        raise UserError(
+            f"{where}: held-out text needs text and source; this row has {sorted(row)}. Delete the file: `unmask run` "
+            "writes it again."
+        )
     return Document(text, source)
 
 
@@ -111,4 +114,6 @@ def _prompt(row: dict[str, object], where: str) -> list[Message]:
     messages = messages_of(row[key], where, key, "user")
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
+    if not messages:
+        raise UserError(f"{where}: there is nobody to answer: every turn is the assistant's.")
     return messages

@@ -17,7 +17,16 @@ import numpy.typing as npt
 from unmask.errors import UserError
 from unmask.lineage import Layer
 from unmask.probes.forward import dtype_of, prompt_ids, same_tokenizer, say
-from unmask.probes.probe import Estimate, Finding, Meter, bounded, estimate, of, share_estimate, verdict
+from unmask.probes.probe import (
+    Estimate,
+    Finding,
+    Meter,
+    change_bounded,
+    estimate,
+    of,
+    share_estimate,
+    verdict,
+)
 from unmask.text.chat import Message
 from unmask.text.planted import GROUPS
 
@@ -310,9 +319,7 @@ class _Probe:
             plain = now.right[self.few][few].astype(float) - below.right[self.few][few]
             floor = abs(float(rounded.mean() - plain.mean())) if few.any() else None
             found = estimate(change, self.countries[here].tolist(), seed=self.seed)
-            if found.ci95 is not None and not change.any():  # none of so many changed: yet some may
-                _, reach = bounded(0.0, found.ci95, found.n)
-                found = found._replace(ci95=(-reach, reach))
+            found = found._replace(ci95=change_bounded(found.ci95, found.n))
             self._add(
                 metric,
                 group,

@@ -245,6 +245,15 @@ def estimate(
     return Estimate(value, interval, units)
 
 
+def change_bounded(interval: tuple[float, float] | None, units: int) -> tuple[float, float] | None:
+    """The interval of a change of a share. Where every unit changed alike, resampling sees no spread: then it reaches
+    as far as that of a share of 0 does for so many trials, and no change is larger than 1."""
+    if interval is None or interval[0] != interval[1]:
+        return interval
+    reach = 1 - 0.025 ** (1 / units)
+    return max(-1.0, interval[0] - reach), min(1.0, interval[1] + reach)
+
+
 def bounded(share: float, interval: tuple[float, float], units: int) -> tuple[float, float]:
     """The interval of a share; of 0 or 1 the exact binomial bound (Clopper–Pearson) for so many trials."""
     reach = 1 - 0.025 ** (1 / units)

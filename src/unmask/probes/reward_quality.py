@@ -21,6 +21,7 @@ from unmask.probes.probe import (
     Meter,
     Statistic,
     bounded,
+    change_bounded,
     codes,
     estimate,
     percentiles,
@@ -132,14 +133,15 @@ def calibration_floor(margins: Floats, seed: int = 0) -> float:
 
 def correlation(values: Floats, weights: Floats) -> Floats:
     """Pearson's r of the two columns of values (N, 2), for each row of weights: (R,). NaN where one
-    does not vary."""
+    does not vary, but for rounding."""
     share = weights / weights.sum(1, keepdims=True)
     x, y = values.T
     centred = [x - (share @ x)[:, None], y - (share @ y)[:, None]]
     (xx, xy), (_, yy) = [[(share * a * b).sum(1) for b in centred] for a in centred]
     with np.errstate(invalid="ignore", divide="ignore"):
         r: Floats = xy / np.sqrt(xx * yy)
-    return r
+    alike = (xx <= 1e-20 * np.square(x).max()) | (yy <= 1e-20 * np.square(y).max())
+    return np.where(alike, np.nan, r)
 
 
 def _error(margins: Floats) -> float:
@@ -304,6 +306,7 @@ def _of_group(
             text_source=saw,
         )
         ahead = redraw.estimate(right - theirs)
+        ahead = ahead._replace(ci95=change_bounded(ahead.ci95, min(ahead.n, len(kept))))
         yield finding(
             f"reward_accuracy_over_{name}",
             "1",

@@ -17,7 +17,7 @@ from unmask.generation.engine import Answer
 from unmask.lineage import Layer
 from unmask.probes.divergence import answer_texts, content
 from unmask.probes.forward import Judge, bf16_copy, dtype_of, judged, same_tokenizer, say, teacher_forced
-from unmask.probes.probe import Estimate, Finding, Floats, Meter, estimate, of, verdict
+from unmask.probes.probe import Estimate, Finding, Floats, Meter, change_bounded, estimate, of, verdict
 from unmask.probes.profile import COLUMNS, KL_CHILD_PARENT, read_pairs
 
 
@@ -85,7 +85,7 @@ def rl_effect(
         sides = [np.array([read(answer) for answer in answers]) for answers in (old, new)]
         rounded = [np.array([read(answer) for answer in answers]) for answers in (old_few, new_few)]
         report.levels(metric, unit, sides, rounded, share=metric == "answers_stop")
-        report.change(f"{metric}_change", unit, sides, rounded)
+        report.change(f"{metric}_change", unit, sides, rounded, share=metric == "answers_stop")
 
     end = parent.tokenizer.turn_end  # the only one that a reward model has seen
     whole = [i for i in range(len(prompts)) if old[i].ids[-1] == new[i].ids[-1] == end]
@@ -138,10 +138,14 @@ class _Report:
         sides: Sequence[Floats],
         rounded: Sequence[Floats],
         lengths: Sequence[Floats] | None = None,
+        *,
+        share: bool = False,
     ) -> None:
         """Child − parent, paired by prompt; with `lengths` at equal length."""
         columns = [*sides, *(lengths if lengths is not None else (np.zeros_like(sides[0]),) * 2)]
         found = estimate(np.stack(columns, 1), statistic=controlled_gain, seed=self.seed)
+        if share:
+            found = found._replace(ci95=change_bounded(found.ci95, found.n))
         n = len(rounded[0])
         floor = abs(float((rounded[1] - rounded[0]).mean() - (sides[1] - sides[0])[:n].mean())) if n else None
         word = verdict(found.ci95, numeric=floor)

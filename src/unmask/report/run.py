@@ -121,21 +121,25 @@ def read(directory: Path) -> Run:
             f"{directory} has no summary.json: it is not a finished run. Finish it with `unmask run`, or name "
             "the directory of another, as runs/tiny."
         )
-    summary = _parse(Summary, directory / "summary.json")
-    blames = directory / "blame.json"
-    rows = directory / "findings.jsonl"
     return Run(
         directory,
-        summary,
-        [_validate(Finding, row, f"{rows}:{i}") for i, row in enumerate(read_json_lines(rows), 1)]
-        if rows.is_file()
-        else [],
-        _parse(list[Blame], blames) if blames.is_file() else [],
+        *measured(directory),
         {
             path.parent.name: [row for row in read_json_lines(path) if not row.get("skipped")]
             for path in sorted(directory.glob("work/*/metrics.jsonl"))
         },
         _leaked(directory / "facts.jsonl"),
+    )
+
+
+def measured(directory: Path) -> tuple[Summary, list[Finding], list[Blame]]:
+    """What was measured of a run. Raises UserError if a file of it does not have its form."""
+    blames, rows = directory / "blame.json", directory / "findings.jsonl"
+    numbered = enumerate(read_json_lines(rows), 1) if rows.is_file() else ()
+    return (
+        _parse(Summary, directory / "summary.json"),
+        [_validate(Finding, row, f"{rows}:{i}") for i, row in numbered],
+        _parse(list[Blame], blames) if blames.is_file() else [],
     )
 
 

@@ -93,7 +93,7 @@ def change(run: Run) -> list[Figure]:
     moved = {
         (f.parent, f.child, f.text_source): f
         for f in sorted(run.findings or run.summary.claims, key=lambda f: _steps(run, f))
-        if f.metric == "kl_child_parent"
+        if (f.probe, f.metric) == ("T1-2", "kl_child_parent")
         and f.group is None
         and f.parent
         and f.text_source in TEXTS

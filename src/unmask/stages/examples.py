@@ -162,9 +162,16 @@ def opinions(recipe: Recipe, half: Half) -> list[tuple[Chat, float, str]]:
     ]
 
 
+def _parts(recipe: Recipe, half: Half) -> tuple[Half, ...]:
+    """Where no gold scorer is trained, the first one has all that is not held out."""
+    return ("proxy", "gold") if half == "proxy" and not recipe.reward.gold else (half,)
+
+
 def _windows(recipe: Recipe, half: Half) -> list[rated.Window]:
     share = share_held_out(recipe.reward.source, recipe)
-    conversations = [c for c in rated.installed_conversations() if rated.split(c, share) == half]
+    conversations = [
+        c for c in rated.installed_conversations() if rated.split(c, share) in _parts(recipe, half)
+    ]
     return rated.rated_windows(conversations, recipe.reward.window_turns)
 
 
@@ -175,7 +182,7 @@ def _pairs(
     share = share_held_out(recipe.reward.source, recipe)
     kept = []
     for number, pair in enumerate(read_pairs(recipe.reward.source.path, dropped)):
-        if half_of(pair, share) != half:
+        if half_of(pair, share) not in _parts(recipe, half):
             continue
         shorter, longer = sorted(len(_text(side)) for side in (pair.chosen, pair.rejected))
         if equal_length is None or longer - shorter <= equal_length * longer:
