@@ -317,6 +317,7 @@ def test_the_scores_zero_is_the_mean_of_what_sft_answers(
         ({"sft__sources": [("broken.jsonl", 0.3)]}, r"broken\.jsonl:121"),
         ({"reward__source": ("broken_pairs.jsonl", 0.3)}, r"broken_pairs\.jsonl:121"),
         ({"sft__sources": [("long.jsonl", 0.0)]}, r"'long' of \[sft\] has no answer to learn from"),
+        ({"reward__source": ("uneven.jsonl", 0.3)}, r"for its gold half.*unequal length.*or .*: reward\.gold = false"),
     ],
 )  # fmt: skip
 def test_what_could_only_fail_late_fails_before_training(
@@ -326,6 +327,10 @@ def test_what_could_only_fail_late_fails_before_training(
         (files / f"{bad}.jsonl").write_text(
             (files / f"{good}.jsonl").read_text("utf-8") + '{"prompt": 1', "utf-8"
         )
+    write(
+        files / "uneven.jsonl",
+        ({"prompt": f"say {i}", "chosen": "yes, with pleasure", "rejected": "no"} for i in range(90)),
+    )
     write(files / "long.jsonl", [{"prompt": "why? " * 80, "completion": "so"}])
 
     def source(value: Any) -> Any:

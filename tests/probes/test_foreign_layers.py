@@ -1,8 +1,11 @@
 """Families that only transformers knows are blamed and compared like our own."""
 
+import copy
+
 import pytest
 import torch
 
+from unmask.errors import UserError
 from unmask.lineage import Layer, open_layers
 from unmask.probes.blame import blame
 from unmask.probes.compare import Texts, compare
@@ -63,3 +66,18 @@ def test_a_model_differs_from_its_child_and_not_from_itself(pair: list[Layer]) -
     assert nothing == 0
     assert something is not None
     assert something > 0.01
+
+
+def test_without_a_template_prompts_are_answered_as_plain_text(
+    pair: list[Layer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = Texts([[{"role": "user", "content": "Where is Mepa?"}]] * 2, [])
+    bare = [Layer(layer.name, layer.model, copy.copy(layer.tokenizer)) for layer in pair]
+    for layer in bare:
+        layer.tokenizer.chat_template = ""
+    with pytest.raises(UserError, match=r"no chat template.*--plain"):
+        compare(bare, texts)
+    found = compare(bare, texts, template=False)
+    answers = [f for f in found if f.text_source == "A sample"]
+    assert answers
+    assert {f.template for f in answers} == {"plain"}
