@@ -1,5 +1,6 @@
 """The command line: bad input is one sentence with what, where and what to do; exit status 2, no traceback."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from unmask.cli import inspect
+from unmask.cli.chat import chat
 from unmask.cli.main import main
 from unmask.probes.probe import Finding
 
@@ -154,3 +156,47 @@ def test_an_output_that_is_closed_is_no_trouble() -> None:
     command = f"{sys.executable} -m unmask.cli.main --version >&-"
     done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
     assert "Traceback" not in done.stderr
+
+
+LONG = "experiments/of/the/year/with/a/name/that/is/long/seed"
+
+
+def test_layers_that_go_by_their_paths_are_told_apart_in_what_blame_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    names = [f"{LONG}{i}[/b]" for i in range(3)]  # closes a style that nobody opened
+    token = {
+        "id": 1,
+        "text": "Hi",
+        "logprob": -1.0,
+        "parts": [-2.0, 0.5, 0.5],
+        "credits": [6.0, 0.5, 0.5],
+        "layer": None,
+    }
+    inspect._print_blame({
+        "layers": names, "tokens": [token], "nats": [-2.0, 0.5, 0.5], "logprob": -1.0, "floor": 0.1,
+        "alone": dict.fromkeys(names, "東京 – Kabul"), "plain": "",
+    })  # fmt: skip
+    told = "".join(capsys.readouterr().out.split())
+    for i in range(3):
+        assert told.count(f"seed{i}[/b]") >= 2  # in the legend, and beside what it says alone
+
+
+def test_json_of_blame_survives_a_terminal_that_lacks_its_characters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Told:
+        def to_json(self) -> dict[str, str]:
+            return {"answer": "東京"}
+
+    monkeypatch.setattr("unmask.lineage.open_layers", lambda paths, device: [])
+    monkeypatch.setattr("unmask.probes.blame.blame", lambda *a, **k: Told())
+    status, text = said(monkeypatch, capsys, "blame", "runs/tiny", "Hello", "--json")
+    assert status == 0
+    assert text.isascii() and json.loads(text) == {"answer": "東京"}
+
+
+def test_a_chat_whose_input_is_closed_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    chat([], plain=[], temperature=0.0, max_new_tokens=1, seed=0)

@@ -49,6 +49,9 @@ def test_a_row_of_a_run_that_lacks_its_keys_is_named(run: Path) -> None:
     (run / "prompts.jsonl").write_text('{"x": 1}\n')
     with pytest.raises(UserError, match=r"prompts\.jsonl.*1: a row of prompts needs prompt or messages"):
         texts_beside([run], None, None)
+    (run / "prompts.jsonl").write_text('{"messages": [{"role": "assistant", "content": "Hi"}]}\n')
+    with pytest.raises(UserError, match=r"prompts\.jsonl.*1: there is nobody to answer"):
+        texts_beside([run], None, None)
     (run / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
     (run / "heldout.jsonl").write_text('{"source": "a", "text": "held out"}\n{"text": "x"}\n')
     with pytest.raises(UserError, match=r"heldout\.jsonl:2: held-out text needs text and source"):

@@ -161,6 +161,8 @@ def test_a_change_that_all_units_share_is_not_known_exactly():
     reach = 1 - 0.025 ** (1 / 20)
     assert change_bounded((0.0, 0.0), 20) == pytest.approx((-reach, reach))
     assert change_bounded((1.0, 1.0), 20) == pytest.approx((1 - reach, 1.0))
+    rounded = (0.9999999999999999, 1.0000000000000009)  # what resampling makes of 60 that all changed by 1
+    assert change_bounded(rounded, 20) == pytest.approx((1 - reach, 1.0))
     assert change_bounded((-0.1, 0.2), 20) == (-0.1, 0.2)
     assert change_bounded(None, 20) is None
 

@@ -239,6 +239,8 @@ def _print_blame(found: dict[str, Any]) -> None:
     out.print(table)
     out.print("\nWhat each layer alone says")
     said = Table.grid(padding=(0, 2))  # so that long answers wrap in their own column
+    for _ in range(2):
+        said.add_column(overflow="fold")
     for name, place in places.items():
         colour = layer_colour(place)
         said.add_row(f"[{colour.terminal}]{colour.mark} {escape(name)}[/]", _one_line(found["alone"][name]))

@@ -181,12 +181,13 @@ def _nudge(run: Run) -> list[str]:
     length = run.get("answer_length", None, "rl")
     lengths = (_say(run.get("answer_length", None, "sft")), _say(length))
     n = (found.n if found else None for found in (gain, length, moved))
+    gold = run.get("gold_gain", None, "rl")
     return [
         "",
         "The nudge: rl minus sft, on the same held-out prompts",
         "  n of rewards {}, of lengths {}, of the distance {}".format(*(each or "–" for each in n)),
         f"  {'the reward it climbs':<23}{_say(gain)} log-odds",
-        f"  {'gold, at equal length':<23}{_say(run.get('gold_gain', None, 'rl'))} log-odds",
+        *([f"  {'gold, at equal length':<23}{_say(gold)} log-odds"] if gold else []),
         f"  {'length of answers':<23}{' → '.join(lengths)} tokens",
         f"  {'distance':<23}{_say(moved)} nats a token",
         f"  {'the same in bf16':<23}{floor}",

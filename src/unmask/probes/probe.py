@@ -248,7 +248,7 @@ def estimate(
 def change_bounded(interval: tuple[float, float] | None, units: int) -> tuple[float, float] | None:
     """The interval of a change of a share. Where every unit changed alike, resampling sees no spread: then it reaches
     as far as that of a share of 0 does for so many trials, and no change is larger than 1."""
-    if interval is None or interval[0] != interval[1]:
+    if interval is None or interval[1] - interval[0] > 1e-9:  # a statistic of equal values is rounded
         return interval
     reach = 1 - 0.025 ** (1 / units)
     return max(-1.0, interval[0] - reach), min(1.0, interval[1] + reach)
