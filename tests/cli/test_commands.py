@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from unmask.cli import inspect
-from unmask.cli.chat import chat
+from unmask.cli.chat import read_line
 from unmask.cli.main import main
 from unmask.probes.probe import Finding
 
@@ -166,16 +166,10 @@ def test_layers_that_go_by_their_paths_are_told_apart_in_what_blame_prints(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     names = [f"{LONG}{i}[/b]" for i in range(3)]  # closes a style that nobody opened
-    token = {
-        "id": 1,
-        "text": "Hi",
-        "logprob": -1.0,
-        "parts": [-2.0, 0.5, 0.5],
-        "credits": [6.0, 0.5, 0.5],
-        "layer": None,
-    }
+    parts = [-2.0, 0.5, 0.5]
+    token = {"id": 1, "text": "Hi", "logprob": -1.0, "parts": parts, "credits": parts, "layer": None}
     inspect._print_blame({
-        "layers": names, "tokens": [token], "nats": [-2.0, 0.5, 0.5], "logprob": -1.0, "floor": 0.1,
+        "layers": names, "tokens": [token], "nats": parts, "logprob": -1.0, "floor": 0.1,
         "alone": dict.fromkeys(names, "東京 – Kabul"), "plain": "",
     })  # fmt: skip
     told = "".join(capsys.readouterr().out.split())
@@ -197,6 +191,7 @@ def test_json_of_blame_survives_a_terminal_that_lacks_its_characters(
     assert text.isascii() and json.loads(text) == {"answer": "東京"}
 
 
-def test_a_chat_whose_input_is_closed_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chat_whose_input_is_closed_is_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
-    chat([], plain=[], temperature=0.0, max_new_tokens=1, seed=0)
+    with pytest.raises(EOFError):
+        read_line("> ")

@@ -54,5 +54,5 @@ def test_a_row_of_a_run_that_lacks_its_keys_is_named(run: Path) -> None:
         texts_beside([run], None, None)
     (run / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
     (run / "heldout.jsonl").write_text('{"source": "a", "text": "held out"}\n{"text": "x"}\n')
-    with pytest.raises(UserError, match=r"heldout\.jsonl:2: held-out text needs text and source"):
+    with pytest.raises(UserError, match=r"heldout\.jsonl:2: held-out text needs source and text"):
         texts_beside([run], None, None)

@@ -69,7 +69,7 @@ def chat(
 def read_line(prompt: str) -> str:
     """A line of standard input: with a prompt, editing and a history on a terminal, without elsewhere."""
     if sys.stdin is None:  # closed by whoever started us
-        return None
+        raise EOFError
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # its import alone gives input() its powers
             import readline  # noqa: F401

@@ -101,8 +101,8 @@ def _document(row: Mapping[str, object], where: str) -> Document:
     text, source = row.get("text"), row.get("source")
     if not isinstance(text, str) or not isinstance(source, str):
         raise UserError(
-            f"{where}: held-out text needs source and text, both as text; this row has {sorted(row)}. Delete the file: `unmask run` "
-            "writes it again."
+            f"{where}: held-out text needs source and text, both as text; this row has {sorted(row)}. Delete the file: "
+            "`unmask run` writes it again."
         )
     return Document(text, source)
 
