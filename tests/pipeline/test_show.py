@@ -342,3 +342,11 @@ def test_the_closing_lines_fit_80_columns_with_the_widest_figures_that_runs_have
     shown = [line for line in lines if not any(name in line for name in of_its_own_length)]
     assert sum(line.count("100 [94, 100]") for line in shown) > 30
     assert not [line for line in shown if cell_len(line) > 80]
+
+
+def test_a_second_judge_that_is_not_there_has_no_row(tmp_path: Path) -> None:
+    file = write(tmp_path / "tiny") / "summary.json"
+    summary = json.loads(file.read_bytes())
+    summary["claims"] = [claim for claim in summary["claims"] if claim["metric"] != "gold_gain"]
+    file.write_text(json.dumps(summary), "utf-8")
+    assert not [line for line in printed(file.parent) if line.startswith("  gold, at equal length")]
