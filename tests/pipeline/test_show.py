@@ -349,4 +349,5 @@ def test_a_second_judge_that_is_not_there_has_no_row(tmp_path: Path) -> None:
     summary = json.loads(file.read_bytes())
     summary["claims"] = [claim for claim in summary["claims"] if claim["metric"] != "gold_gain"]
     file.write_text(json.dumps(summary), "utf-8")
+    (file.parent / "findings.jsonl").unlink()
     assert not [line for line in printed(file.parent) if line.startswith("  gold, at equal length")]
