@@ -43,6 +43,44 @@ def run(
     console().print(closing(directory), soft_wrap=True)  # a command that is cut in two cannot be copied
 
 
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (tiny) or the path of a TOML file.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key, as for `run`. May be repeated.")
+    ] = None,
+    on: Annotated[
+        list[str] | None,
+        typer.Option(help="An accelerator to plan for: A100, H100, H200, L4, RTX4090. May be repeated."),
+    ] = None,
+    share: Annotated[
+        float,
+        typer.Option(min=0.01, max=1.0, help="Of an accelerator's rate, which training is taken to reach."),
+    ] = 0.4,
+    device: Device = None,
+    json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """What a recipe's layers will cost, before anything is trained: parameters, FLOPs, memory, time, money.
+
+    On this machine by steps that are timed now; on an accelerator by its data sheet and --share.
+    """
+    import json
+
+    from unmask.pipeline import estimate, show_plan
+    from unmask.pipeline.plan import whole_plan
+    from unmask.recipe import load, resolve
+    from unmask.training import parallel
+
+    resolved = resolve(load(recipe, set_ or ()))
+    named = [estimate.accelerator(key) for key in on or ()]
+    here = parallel.pick_device(device)
+    costs = estimate.estimate(resolved, parallel.compute_dtype(here))
+    timed = whole_plan(resolved, here)
+    if json_:
+        print(json.dumps(show_plan.as_json(resolved, costs, timed, named, share, here)))
+    else:
+        console().print(show_plan.table(resolved, costs, timed, named, share, here))
+
+
 def report(run: Annotated[Path, typer.Argument(help="The directory of a run, as runs/tiny.")]) -> None:
     """Write report.html of a finished run anew from its summary and findings."""
     from unmask.report.page import write_report

@@ -22,6 +22,7 @@ app = typer.Typer(
 
 for command, panel in (
     (build.run, "Build"),
+    (build.plan, "Build"),
     (build.report, "Build"),
     (inspect.log, "Look"),
     (inspect.diff, "Look"),

@@ -10,13 +10,10 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
-from torch import nn
 
 from unmask.errors import UserError
 from unmask.files import write_atomic
 from unmask.lineage import Checkpoint, write_checkpoint
-from unmask.model.decoder import Decoder
-from unmask.model.scorer import Scorer
 from unmask.pipeline import jobs
 from unmask.pipeline.jobs import Job, Place
 from unmask.progress import Progress
@@ -24,6 +21,7 @@ from unmask.recipe import Recipe, difference
 from unmask.stages.prepare import SCHEME, Prepared, prepare
 from unmask.text.sources import content_hash
 from unmask.training import loop, parallel
+from unmask.training.cost import training_flops
 
 ORDER = ("base", "sft", "reward", "gold", "rl")  # gold: the second scorer, which no layer is trained on
 SECTIONS = {"base": "pretrain", "sft": "sft", "reward": "reward", "gold": "reward", "rl": "rl"}
@@ -269,22 +267,6 @@ class Builder:
             f"{path.name:<7}{record.kind:<9}kept, {record.tokens:,} tokens in {record.seconds:.0f} s"
         )
         return checkpoint
-
-
-def training_flops(model: nn.Module, tokens: int, length: int) -> float:
-    """Of every network in `model` for `tokens` read forward and backward: 6 for each weight a token is multiplied with
-    (head in, embedding out), plus 6·L·d·T of causal attention with T = `length`: the usual convention, too much where
-    rows are shorter. What PPO only reads forward (answers, reference, reward) is not counted."""
-    total = 0.0
-    for network in model.modules():
-        if isinstance(network, Decoder | Scorer):
-            config = network.config
-            matrices = sum(p.numel() for p in network.parameters() if p.ndim == 2)  # tied: once, as the head
-            if config.is_scorer or not config.tie_word_embeddings:
-                matrices -= config.vocab_size * config.hidden_size
-            attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-            total += 6.0 * tokens * (matrices + attention)
-    return total
 
 
 def _with_defaults(decided: Mapping[str, Any]) -> dict[str, Any]:

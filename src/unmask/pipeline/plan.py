@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 
 from unmask.generation.engine import generate
-from unmask.model.config import ModelConfig
 from unmask.model.decoder import Decoder
 from unmask.model.loss import cross_entropy_sum
 from unmask.pipeline.build import Builder
+from unmask.pipeline.estimate import shape
 from unmask.pipeline.jobs import optimizer_settings, ppo_settings
 from unmask.pipeline.measure import KL_PROMPTS
 from unmask.recipe import Recipe, given
@@ -18,7 +18,7 @@ from unmask.training.optimizer import Optimizer
 
 
 class Plan(NamedTuple):
-    """Expected seconds of what is still to be done, by stage."""
+    """Expected seconds by stage, and of measuring (`measure`)."""
 
     parameters: int
     seconds: dict[str, float]
@@ -29,22 +29,30 @@ class Plan(NamedTuple):
 
 
 def plan(builder: Builder) -> Plan:
-    """Times two training steps and a few generated tokens with random weights at the recipe's size; a few seconds."""
-    recipe = builder.recipe
-    config = ModelConfig.from_depth(
-        recipe.depth, vocabulary=-(-recipe.tokenizer.vocabulary // 64) * 64, context=recipe.context
+    """Of what is still to be done."""
+    whole = whole_plan(builder.recipe, builder.device)
+    wanted = builder.missing()
+    if wanted or not (builder.directory / "summary.json").exists():
+        wanted = [*wanted, "measure"]
+    return whole._replace(
+        seconds={name: seconds for name, seconds in whole.seconds.items() if name in wanted}
     )
+
+
+def whole_plan(recipe: Recipe, device: torch.device) -> Plan:
+    """Times two training steps and a few generated tokens with random weights at the recipe's size; a few seconds."""
+    config = shape(recipe)
     model = Decoder(config)
     model.init_weights(torch.Generator().manual_seed(0))
-    model.to(builder.device)
+    model.to(device)
     rows = max(1, recipe.pretrain.micro_tokens // recipe.context)
-    batch = torch.randint(config.vocab_size, (rows, recipe.context + 1), device=builder.device)
+    batch = torch.randint(config.vocab_size, (rows, recipe.context + 1), device=device)
     with torch.inference_mode():
         start = time.monotonic()
         model.hidden(batch[:, :-1])
         a_reading = (time.monotonic() - start) / (rows * recipe.context)  # in float32, as all is measured
 
-    optimizer = Optimizer(model, optimizer_settings(recipe.pretrain), parallel.compute_dtype(builder.device))
+    optimizer = Optimizer(model, optimizer_settings(recipe.pretrain), parallel.compute_dtype(device))
 
     passed, stepped = 0.0, 0.0
     for _ in range(2):  # the first one also allocates
@@ -69,17 +77,16 @@ def plan(builder: Builder) -> Plan:
     # without gradients (a forward pass is a third of a training pass), then learned from by two networks in each epoch.
     read = rules.rollouts * rl.answers * (rl.prompt_tokens + rl.answer_tokens) / 2
     rewarded = given(recipe.reward.tokens) * a_token
-    expected = {
+    seconds = {
         "base": given(pre.tokens) * (a_token + stepped / pre.batch_tokens),
         "sft": given(recipe.sft.tokens) * a_token,
         "reward": rewarded,
         "gold": rewarded,
         "rl": rules.rollouts * rl.answer_tokens * a_decode_step + read * a_token * (5 / 3 + 2 * rl.epochs),
     }
-    missing = builder.missing()
-    seconds = {name: seconds for name, seconds in expected.items() if name in missing}
-    if missing or not (builder.directory / "summary.json").exists():
-        seconds["measure"] = _measuring(recipe, a_reading, a_decode_step)
+    if not recipe.reward.gold:
+        del seconds["gold"]
+    seconds["measure"] = _measuring(recipe, a_reading, a_decode_step)
     return Plan(sum(p.numel() for p in model.parameters()), seconds)
 
 

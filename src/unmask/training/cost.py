@@ -1,0 +1,63 @@
+"""What training costs, from a model's sizes alone: FLOPs, which records and plans count alike, and memory."""
+
+import torch
+from torch import nn
+
+from unmask.model.attention import SCORES_TO_KEEP
+from unmask.model.config import ModelConfig
+from unmask.model.decoder import Decoder
+from unmask.model.loss import LOGITS_AT_ONCE
+from unmask.model.scorer import Scorer
+
+
+def matrix_weights(config: ModelConfig) -> int:
+    """Weights of the matrices inside layers."""
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    return config.num_hidden_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
+
+
+def flops_per_token(config: ModelConfig, length: int) -> int:
+    """Of training, forward and backward: 6 for each weight that a token is multiplied with (head in, embedding out),
+    plus 6·L·d·T of causal attention with T = `length`: the usual convention (Chowdhery et al., arXiv 2204.02311,
+    appendix B), too much where rows are shorter."""
+    head = (1 if config.is_scorer else config.vocab_size) * config.hidden_size
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+    return 6 * (matrix_weights(config) + head + attention)
+
+
+def training_flops(model: nn.Module, tokens: int, length: int) -> float:
+    """Of every network in `model` for `tokens` read forward and backward. What PPO only reads forward (answers,
+    reference, reward) is not counted."""
+    networks = (network for network in model.modules() if isinstance(network, Decoder | Scorer))
+    return float(sum(tokens * flops_per_token(network.config, length) for network in networks))
+
+
+def parameters(config: ModelConfig) -> int:
+    """All weights, a tied embedding once."""
+    with torch.device("meta"):
+        model = Scorer(config) if config.is_scorer else Decoder(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def training_bytes(
+    config: ModelConfig, dtype: torch.dtype, *, micro_tokens: int, length: int, muon: bool
+) -> int:
+    """The most that a training step holds, the process itself aside.
+
+    Each weight: 4 bytes of master, 4 of gradient, 8 of AdamW's state (4 of Muon's for matrices inside layers), and a
+    copy where the dtype is narrower. Each token of a micro-batch: what layers keep for backward, which is 4 vectors of
+    the width, 7 of the heads, 4 of the hidden layer, and each head's probabilities where attention keeps them. And a
+    chunk of logits: the product, float32 probabilities, their slope.
+    """
+    size = dtype.itemsize
+    weights, matrices = parameters(config), matrix_weights(config)
+    state = 8 * weights - (4 * matrices if muon else 0)
+    held = weights * (4 + 4 + (size if size < 4 else 0)) + state
+    heads = config.num_attention_heads * config.head_dim
+    grouped = config.num_key_value_heads * config.head_dim
+    kept = 4 * config.hidden_size + 3 * heads + 4 * grouped + 4 * config.intermediate_size
+    if dtype is torch.bfloat16 and length**2 <= SCORES_TO_KEEP:
+        kept += config.num_attention_heads * length
+    read = micro_tokens * config.num_hidden_layers * kept * size
+    chunk = min(1024 * config.vocab_size, LOGITS_AT_ONCE) * (2 * size + 4)
+    return held + read + (0 if config.is_scorer else chunk)
