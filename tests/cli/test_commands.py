@@ -72,7 +72,7 @@ def test_help_lists_every_command_on_one_screen() -> None:
     told = subprocess.run(
         [sys.executable, "-m", "unmask.cli.main", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("run", "report", "log", "diff", "blame", "chat", "doctor"):
+    for command in ("run", "plan", "report", "log", "diff", "blame", "chat", "doctor"):
         assert f" {command} " in told.stdout
     assert len(told.stdout.splitlines()) <= 40
 
