@@ -6,8 +6,14 @@ python bench/startup.py    # one JSON line: seconds of `unmask --help` and `unma
 import argparse
 import subprocess
 import sys
+from functools import partial
 
 from common import say, seconds_of
+
+
+def start(option: str) -> None:
+    command = [sys.executable, "-m", "unmask.cli.main", option]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:
@@ -16,13 +22,9 @@ def main() -> None:
     )
     parser.add_argument("--times", type=int, default=9)
     options = parser.parse_args()
-    seconds = {}
-    for option in ("--help", "--version"):
-        command = [sys.executable, "-m", "unmask.cli.main", option]
-        seconds[option] = seconds_of(
-            lambda command=command: subprocess.run(command, check=True, stdout=subprocess.DEVNULL),
-            options.times,
-        )
+    seconds = {
+        option: seconds_of(partial(start, option), options.times) for option in ("--help", "--version")
+    }
     say("startup", seconds=seconds)
 
 
