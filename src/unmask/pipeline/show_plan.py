@@ -74,7 +74,8 @@ def _note(costs: Sequence[Cost], accelerator: Accelerator, share: float) -> str:
     if accelerator.dollars:
         low, high = (price * hours for price in accelerator.dollars)
         asked = " to ".join(f"${price:.2f}" for price in accelerator.dollars)
-        said += f"; ${low:,.2f} to ${high:,.2f} at {asked} an hour"
+        cost = f"${low:,.2f} to ${high:,.2f}" if high >= 0.01 else "less than a cent"
+        said += f"; {cost} at {asked} an hour"
     if max(cost.bytes for cost in costs) > accelerator.memory:
         said += f"; its {accelerator.memory / 1e9:.0f} GB are too few"
     return f"{said} ({accelerator.source})."
