@@ -196,6 +196,9 @@ def test_rated_conversations_fall_into_disjoint_halves_and_what_is_held_out_of_e
         opinions = examples.opinions(short, half)
         owners = {(owner, rating) for _, rating, owner in opinions}
         assert 2 * len(owners) == len(opinions)  # the two windows of a conversation are its own
+    alone = recipe.model_copy(update={"reward": recipe.reward.model_copy(update={"gold": False})})
+    sizes = [len(examples.opinions(recipe, half)) for half in ("proxy", "gold")]
+    assert len(examples.opinions(alone, "proxy")) == sum(sizes)  # no second judge to leave any for
     compared = examples.comparisons(recipe, "held_out", 1000)
     assert compared
     assert openings(side for c in compared for side in (c.chosen, c.rejected)) <= held

@@ -69,9 +69,10 @@ def main() -> None:
         print("unmask: stopped", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch_memory_error()) and "can't allocate memory" not in str(
+        known = isinstance(error, MemoryError | torch_memory_error())
+        if not known and "can't allocate memory" not in str(
             error
-        ):
+        ):  # torch's words on a CPU, where it has no class
             raise
         print(
             f"unmask: not enough memory ({error or 'MemoryError'}). Take a smaller model, shorter texts, or "
