@@ -351,3 +351,13 @@ def test_a_second_judge_that_is_not_there_has_no_row(tmp_path: Path) -> None:
     file.write_text(json.dumps(summary), "utf-8")
     (file.parent / "findings.jsonl").unlink()
     assert not [line for line in printed(file.parent) if line.startswith("  gold, at equal length")]
+
+
+def test_an_answer_in_wide_characters_fits_too(tmp_path: Path) -> None:
+    file = write(tmp_path / "tiny") / "blame.json"
+    blames = json.loads(file.read_bytes())
+    blames[0]["alone"] = dict.fromkeys(blames[0]["alone"], "猫在山上看见了狗" * 9)
+    file.write_text(json.dumps(blames), "utf-8")
+    lines = [line for line in printed(file.parent) if "猫" in line]
+    assert len(lines) == len(blames[0]["alone"])
+    assert max(map(cell_len, lines)) <= 80
