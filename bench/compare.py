@@ -7,7 +7,7 @@ entropy and the rank of the likeliest token, over the whole vocabulary.
 import argparse
 
 import torch
-from common import SHAPES, decoder, say, seconds_of
+from harness import SHAPES, decoder, say, seconds_of
 
 from unmask.probes.forward import Text, teacher_forced
 from unmask.probes.profile import read_pairs

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))  # `common`, also for whoever loads this file by its path
-from common import DTYPES, SHAPES, decoder, dtype_here, say, seconds_of
+sys.path.insert(0, str(Path(__file__).parent))  # `harness`, also for whoever loads this file by its path
+from harness import DTYPES, SHAPES, decoder, dtype_here, say, seconds_of
 
 from unmask.generation.engine import generate
 

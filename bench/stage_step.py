@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 
 import torch
-from common import DTYPES, SHAPES, decoder, dtype_here, say, seconds_of
+from harness import DTYPES, SHAPES, decoder, dtype_here, say, seconds_of
 
 from unmask.model.scorer import Scorer
 from unmask.stages import ppo, reward, rollouts, sft

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from functools import partial
 
-from common import say, seconds_of
+from harness import say, seconds_of
 
 
 def start(option: str) -> None:

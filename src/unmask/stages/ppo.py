@@ -196,26 +196,26 @@ class PPO:
             loss = settings.ptx * text_loss
             return loss, {"text_loss": text_loss.detach()}
         n = totals["actions"]
+        value_N = objectives.clipped_value_loss(
+            self._values(batch.actions), batch.values_N, batch.returns_N, settings.value_clip
+        )
+        value_loss = value_N.sum() / n
+        metrics = {"value_loss": value_loss.detach(), **batch.numbers}
+        if not batch.policy_learns:
+            return settings.value_weight * value_loss, metrics
         log_probs_N = log_probs(self.model.policy, batch.actions)
-        values_N = self._values(batch.actions)
         policy_N = objectives.clipped_policy_loss(
             log_probs_N, batch.log_probs_N, batch.advantages_N, settings.ratio_clip
         )
-        value_N = objectives.clipped_value_loss(
-            values_N, batch.values_N, batch.returns_N, settings.value_clip
-        )
-        policy_loss, value_loss = policy_N.sum() / n, value_N.sum() / n
-        # A weight of 0 and not a missing term: every parameter gets a gradient in every step.
-        loss = policy_loss * batch.policy_learns + settings.value_weight * value_loss
+        policy_loss = policy_N.sum() / n
         log_ratio_N = log_probs_N.detach() - batch.log_probs_N
         moved_N = (log_ratio_N.exp() - 1).abs()
-        return loss, {
+        return policy_loss + settings.value_weight * value_loss, {
             "policy_loss": policy_loss.detach(),
-            "value_loss": value_loss.detach(),
             "ratio_distance": moved_N.sum() / n,
             "clip_fraction": (moved_N > settings.ratio_clip).sum() / n,
             "kl_old_new": delta.k3(-log_ratio_N).sum() / n,
-            **batch.numbers,
+            **metrics,
         }
 
     @torch.no_grad()
