@@ -46,6 +46,22 @@ def test_a_model_saved_by_transformers_loads_with_equal_logits(config: ModelConf
 
 
 @each_family
+def test_hidden_states_and_gradients_at_chosen_positions_are_those_of_all_positions(
+    config: ModelConfig,
+) -> None:
+    model, ids = decoder(config).double(), token_ids(3, 20)
+    at = torch.tensor([0, 7, 19, 20, 45, 59])
+    grads = []
+    for hidden in (model.hidden(ids, at_N=at), model.hidden(ids).flatten(0, 1)[at]):
+        assert hidden.shape == (6, config.hidden_size)
+        model.zero_grad()
+        hidden.square().sum().backward()
+        grads.append([hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@each_family
 def test_gradients_equal_those_of_transformers(config: ModelConfig, tmp_path: Path) -> None:
     model, ids = decoder(config), token_ids(2, 24)
     weights.save(tmp_path, model)

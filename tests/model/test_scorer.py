@@ -44,6 +44,8 @@ def test_a_score_is_read_at_the_last_real_token_whatever_the_padding_and_the_nei
             alone = model(ids[row : row + 1, : lengths[row]], lengths[row : row + 1])
             torch.testing.assert_close(scores[row : row + 1], alone, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(values[row, lengths[row] - 1], scores[row], rtol=1e-5, atol=1e-5)
+        some = model.values(ids, torch.tensor([2, 27]))
+        torch.testing.assert_close(some, values.flatten()[[2, 27]], rtol=1e-5, atol=1e-5)
     assert scores.dtype is values.dtype is torch.float32
 
 

@@ -127,8 +127,8 @@ def test_values_are_read_before_each_action_and_less_the_reward_models_offset() 
     class Position(torch.nn.Module):
         config = replace(objective.model.critic.config, reward_offset=0.5)
 
-        def values(self, ids_BT: Tensor) -> Tensor:
-            return torch.arange(ids_BT.shape[1]).expand(ids_BT.shape).float()
+        def values(self, ids_BT: Tensor, at_N: Tensor) -> Tensor:
+            return torch.arange(ids_BT.shape[1]).expand(ids_BT.shape).float().flatten()[at_N]
 
     objective.model.critic = Position()  # type: ignore[assignment]
     acts = actions(Rollout([[10, 11]], [answer([20, 21, STOP])]), [0], CPU)

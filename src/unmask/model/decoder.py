@@ -66,6 +66,11 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     return kept * frequency + (1 - kept) * frequency / rule["factor"]
 
 
+def at(x_BTD: Tensor, at_N: Tensor) -> Tensor:
+    """(N, D): x at these positions of the flattened (B·T)."""
+    return x_BTD.flatten(0, 1).index_select(0, at_N)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -78,7 +83,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x_BTD: Tensor, where: "Where") -> Tensor:
+    def forward(self, x_BTD: Tensor, where: "Where", at_N: Tensor | None = None) -> Tensor:
         rows, tokens, _ = x_BTD.shape
         q, k, v = (
             projection(x_BTD).view(rows, tokens, -1, self.head_dim)
@@ -94,7 +99,8 @@ class Attention(nn.Module):
                 keys, values = kept_keys, kept_values
         mask = where.masks[self.layer]
         y = attention(q.transpose(1, 2), keys, values, mask, causal=mask is None and where.causal)
-        written: Tensor = self.o_proj(y.transpose(1, 2).reshape(rows, tokens, -1))
+        y = y.transpose(1, 2).reshape(rows, tokens, -1)
+        written: Tensor = self.o_proj(y if at_N is None else at(y, at_N))
         return written
 
 
@@ -118,8 +124,10 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, where: "Where") -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), where)
+    def forward(self, x: Tensor, where: "Where", at_N: Tensor | None = None) -> Tensor:
+        """(B, T, D) → (B, T, D), or → (N, D) at these positions of the flattened (B·T)."""
+        attended = self.self_attn(self.input_layernorm(x), where, at_N)
+        x = (x if at_N is None else at(x, at_N)) + attended
         y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return y
 
@@ -176,6 +184,7 @@ class Trunk(nn.Module):
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
         cache: Cache | None = None,
+        at_N: Tensor | None = None,
     ) -> Tensor:
         # Not a buffer: `model.to(bfloat16)` would round a buffer's angles.
         if self.frequencies is None or self.frequencies.device != ids_BT.device:
@@ -186,8 +195,10 @@ class Trunk(nn.Module):
             return cache.step.hidden(ids_BT[:, 0], cache)[:, None]
         where = Where(self.config, self.frequencies, ids_BT, positions_BT, documents_BT, cache)
         x = self.embed_tokens(ids_BT)
-        for block in self.layers:
+        *below, top = self.layers
+        for block in below:
             x = block(x, where)
+        x = top(x, where, at_N)
         normed: Tensor = self.norm(x)
         return normed
 
@@ -219,13 +230,18 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
         cache: Cache | None = None,
+        at_N: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, D) after the final norm.
 
         `positions_BT` (default 0, 1, …) are rotary positions; tokens attend only to those of equal number in
-        `documents_BT`. With a cache the tokens continue each row at its own length (see Cache).
+        `documents_BT`. With a cache the tokens continue each row at its own length (see Cache). With `at_N`,
+        which names positions of the flattened (B·T), only those are given, (N, D), and the last layer is made for
+        them alone.
         """
-        x: Tensor = self.model(ids_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=cache)
+        x: Tensor = self.model(
+            ids_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=cache, at_N=at_N
+        )
         return x
 
     def new_cache(self, rows: int, length: int) -> Cache:

@@ -64,9 +64,12 @@ class Foreign(nn.Module):
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
         cache: TokenCache | None = None,
+        at_N: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (B, T, D) after the final norm. No packed documents; with a cache, positions follow it."""
+        """Decoder.hidden, without packed documents; with a cache, positions follow it."""
         assert documents_BT is None
+        if at_N is not None:
+            return self.hidden(ids_BT, positions_BT=positions_BT, cache=cache).flatten(0, 1)[at_N]
         if cache is None:
             places = {} if positions_BT is None else {"position_ids": positions_BT}
             states: Tensor = self.inner.base_model(

@@ -40,17 +40,14 @@ class Scorer(nn.Module):
         scorer.score.weight.normal_(0.0, 1 / math.sqrt(config.hidden_size + 1), generator=generator)
         return scorer
 
-    def values(
-        self, ids_BT: Tensor, *, positions_BT: Tensor | None = None, documents_BT: Tensor | None = None
-    ) -> Tensor:
-        """The head at every position, (B, T) float32 (float64 stays)."""
-        return self._read(self.model(ids_BT, positions_BT=positions_BT, documents_BT=documents_BT))
+    def values(self, ids_BT: Tensor, at_N: Tensor | None = None) -> Tensor:
+        """The head at every position (B, T), or at these of the flattened (B·T), (N,); float32 (float64 stays)."""
+        return self._read(self.model(ids_BT, at_N=at_N))
 
     def forward(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Scores (B,) float32 of rows padded to the right, read at token length − 1."""
-        hidden_BTD = self.model(ids_BT)
-        rows = torch.arange(ids_BT.shape[0], device=ids_BT.device)
-        return self._read(hidden_BTD[rows, lengths_B - 1])
+        starts_B = torch.arange(ids_BT.shape[0], device=ids_BT.device) * ids_BT.shape[1]
+        return self._read(self.model(ids_BT, at_N=starts_B + lengths_B - 1))
 
     def _read(self, hidden: Tensor) -> Tensor:
         return wide(hidden) @ wide(self.score.weight[0])

@@ -93,7 +93,7 @@ def teacher_forced(
         ]
         at_N = torch.cat(place).to(device)
         targets_N = torch.tensor([i for text in here for i in text.ids[text.start :]], device=device)
-        hidden = [model.hidden(ids_BT).flatten(0, 1)[at_N] for model in models]
+        hidden = [model.hidden(ids_BT, at_N=at_N) for model in models]
         pieces = [
             read(
                 [m.logits(h[i : i + rows]) for m, h in zip(models, hidden, strict=True)],

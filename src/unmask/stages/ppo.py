@@ -200,7 +200,7 @@ class PPO:
             self._values(batch.actions), batch.values_N, batch.returns_N, settings.value_clip
         )
         value_loss = value_N.sum() / n
-        metrics = {"value_loss": value_loss.detach(), **batch.numbers}
+        metrics: dict[str, Tensor | float] = {"value_loss": value_loss.detach(), **batch.numbers}
         if not batch.policy_learns:
             return settings.value_weight * value_loss, metrics
         log_probs_N = log_probs(self.model.policy, batch.actions)
@@ -289,7 +289,7 @@ class PPO:
 
     def _values(self, acts: Actions) -> Tensor:
         """V of the state before each action (N,) float32, less the reward model's offset, as rewards are."""
-        values_N = self.model.critic.values(acts.ids_BT).flatten().index_select(0, acts.before_N)
+        values_N = self.model.critic.values(acts.ids_BT, acts.before_N)
         return values_N.float() - self.model.critic.config.reward_offset
 
     def _policy_learns(self, index: int) -> bool:

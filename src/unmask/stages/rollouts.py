@@ -204,5 +204,5 @@ def actions(rollout: Rollout, rows: Sequence[int], device: torch.device) -> Acti
 
 def log_probs(model: Decoder, actions: Actions) -> Tensor:
     """ln π(action) (N,) float32 at temperature 1; logits are made where actions were chosen, nowhere else."""
-    hidden_ND = model.hidden(actions.ids_BT).flatten(0, 1).index_select(0, actions.before_N)
+    hidden_ND = model.hidden(actions.ids_BT, at_N=actions.before_N)
     return token_log_probs(hidden_ND, model.head, actions.taken_N)

@@ -134,11 +134,13 @@ class Imitation:
         return batch.tokens
 
     def loss(self, batch: Batch, totals: dict[str, int]) -> tuple[Tensor, dict[str, Tensor | float]]:
-        hidden_BTD = self.model.hidden(
-            batch.ids_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT
-        )
         # Logits are made where a target counts and nowhere else: prompts cost no vocabulary.
-        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.before_N)
+        hidden_ND = self.model.hidden(
+            batch.ids_BT,
+            positions_BT=batch.positions_BT,
+            documents_BT=batch.documents_BT,
+            at_N=batch.before_N,
+        )
         nats = cross_entropy_sum(hidden_ND, self.model.head, batch.targets_N)
         return nats / max(1, totals["trained"]), {}
 
