@@ -1,14 +1,20 @@
 """The row-wise functions against their plain definitions."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unmask.model import kernels, native
 from unmask.model.attention import AttentionByProducts, attention
 from unmask.model.config import ModelConfig
 from unmask.model.decoder import rotary_frequencies
 from unmask.model.kernels import apply, rms_norm, rotate
+
+needs_compiler = pytest.mark.skipif(native.built().library is None, reason="no g++ on this machine")
 
 
 @pytest.mark.parametrize("shape", [(7, 24), (2, 5, 3, 8)])
@@ -74,20 +80,23 @@ def test_attention_in_bfloat16_is_float32_attention_rounded() -> None:
     torch.testing.assert_close(attention(q, k, v, causal=True).float(), exact, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("masked", ["causal", "mask", "neither"])
+@needs_compiler
+@pytest.mark.parametrize("masked", ["causal", "mask", "both", "neither"])
 def test_attention_by_products_has_the_gradient_of_its_definition(masked: str) -> None:
-    """Where a processor has no bfloat16 instructions `attention` takes another way, so it is called directly."""
-    q, k, v = (torch.randn(3, 4, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    everything = torch.ones(3, 1, 5, 5, dtype=torch.bool)
-    drawn = torch.rand(3, 1, 5, 5) < 0.6
+    """In bfloat16 it is used; in float32 its arithmetic can be told from its rounding."""
+    q, k, v = (torch.randn(3, 4, 37, 8, requires_grad=True) for _ in range(3))
+    triangle = torch.ones(37, 37, dtype=torch.bool).tril()
+    drawn = torch.rand(3, 1, 37, 37) < 0.6
     drawn[..., 0] = True
-    mask = {"causal": torch.ones(5, 5, dtype=torch.bool).tril(), "mask": drawn, "neither": None}[masked]
-    y = apply(AttentionByProducts, q.transpose(1, 2).contiguous().transpose(1, 2), k, v, mask)
-    expected = plain_attention(q, k, v, everything if mask is None else mask)
+    mask = {"causal": None, "mask": drawn, "both": drawn & triangle, "neither": None}[masked]
+    causal = masked in ("causal", "both")
+    y = apply(AttentionByProducts, q.transpose(1, 2).contiguous().transpose(1, 2), k, v, mask, causal)
+    whole = torch.ones_like(triangle) if mask is None else mask
+    expected = plain_attention(q, k, v, whole & triangle if causal else whole)
     torch.testing.assert_close(y, expected)
     weight = torch.randn_like(y)
     found, wanted = (torch.autograd.grad((each * weight).sum(), (q, k, v)) for each in (y, expected))
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 2, 5, 5), (3, 4, 1, 5, 7), (0, 2, 2, 5, 5), (2, 2, 2, 600, 600)])
@@ -106,3 +115,119 @@ def test_a_row_is_attended_to_alike_in_batches_of_every_size() -> None:
     together = attention(q, k, v, causal=True)
     alone = attention(q[:2], k[:2], v[:2], causal=True)
     assert torch.equal(together[:2], alone)
+
+
+def tables(tokens: int, size: int, rows: int = 1) -> tuple[Tensor, Tensor]:
+    positions = torch.arange(tokens)[None] + 3 * torch.arange(rows)[:, None]
+    return kernels.rotary_tables(positions, 100.0 ** -(torch.arange(0, size, 2) / size))
+
+
+# Each function with inputs that are differentiated, of shapes that fill no vector and of some that wake all threads.
+CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "rms_norm": (lambda x, w: kernels.rms_norm(x, w, 1e-3), [(5, 7, 33), (33,)]),
+    "rms_norm, large": (lambda x, w: kernels.rms_norm(x, w, 1e-3), [(700, 96), (96,)]),
+    "norm_rotate": (lambda x, w: kernels.norm_rotate(x, w, 1e-3, *tables(7, 10, 2)), [(2, 7, 3, 10), (10,)]),
+    "norm_rotate, large": (
+        lambda x, w: kernels.norm_rotate(x, w, 1e-3, *tables(40, 64)), [(8, 40, 4, 64), (64,)],
+    ),
+    "rotate alone": (lambda x: kernels.norm_rotate(x, None, 0.0, *tables(7, 10)), [(2, 7, 3, 10)]),
+    "swiglu": (kernels.swiglu, [(3, 11), (3, 11)]),
+    "swiglu, large": (kernels.swiglu, [(300, 111), (300, 111)]),
+}  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_kernels_and_their_gradients_equal_plain_pytorch(
+    case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, shapes = CASES[case]
+    inputs = [torch.randn(shape).mul(3).to(dtype).requires_grad_() for shape in shapes]
+    compiled = function(*inputs)
+    weight = torch.randn(compiled.shape).to(dtype)
+    found = torch.autograd.grad(compiled, inputs, weight)
+    monkeypatch.setattr(native, "built", lambda: native.Built(None, ""))
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    plain = function(*exact)
+    assert compiled.dtype is dtype and compiled.shape == plain.shape
+    for ours, wanted in zip(
+        (compiled, *found), (plain, *torch.autograd.grad(plain, exact, weight.double())), strict=True
+    ):
+        error = (ours.double() - wanted).abs() / wanted.abs().clamp(min=wanted.abs().mean())
+        assert error.max() < (2e-6 if dtype is torch.float32 else 2**-8)
+    plainly = function(*(x.detach() for x in inputs)).double()  # and so does the way without a compiler
+    assert ((plainly - plain).abs() / plain.abs().clamp(min=plain.abs().mean())).max() < (
+        2e-6 if dtype is torch.float32 else 5 * 2**-8
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(3, 17), (40, 1030)])
+def test_compiled_cross_entropy_and_its_slope_equal_plain_pytorch(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = (20 * torch.randn(shape)).to(dtype)
+    logits[0] += 1000  # large logits, whose differences are not
+    targets = torch.randint(shape[1], shape[:1])
+    losses, slope = kernels.cross_entropy(logits.clone(), targets, slope=True)
+    monkeypatch.setattr(native, "built", lambda: native.Built(None, ""))
+    wanted, wanted_slope = kernels.cross_entropy(logits.double(), targets, slope=True)
+    assert slope is not None and wanted_slope is not None
+    assert losses.dtype is torch.float32 and slope.dtype is dtype
+    torch.testing.assert_close(losses.double(), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        slope.double(), wanted_slope, rtol=1e-6 if dtype is torch.float32 else 2**-8, atol=1e-7
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_in_every_compiled_kernel(bad: float) -> None:
+    """The loop skips a step whose loss is not finite: no kernel may make a number of it."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(4, 40, dtype=dtype)
+        x[1, 5] = bad
+        assert not rms_norm(x, torch.ones(40, dtype=dtype), 1e-6)[1].isfinite().all()
+        assert not kernels.swiglu(x, x)[1].isfinite().all()
+        assert not kernels.norm_rotate(x[:, None, None], None, 0.0, *tables(1, 40, 4))[1].isfinite().all()
+        losses, _ = kernels.cross_entropy(x.clone(), torch.zeros(4, dtype=torch.int64), slope=False)
+        assert losses.isfinite().tolist() == [True, False, True, True]
+        q = x[None, None]
+        if dtype is torch.bfloat16:
+            assert not attention(q, q, q)[0, 0].isfinite().all()
+
+
+@needs_compiler
+def test_compiled_kernels_give_the_same_bits_whatever_the_number_of_threads() -> None:
+    x, w = torch.randn(900, 64).bfloat16().requires_grad_(), torch.randn(64).bfloat16().requires_grad_()
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            y = rms_norm(x, w, 1e-6)
+            found.append([y, *torch.autograd.grad(y, (x, w), torch.ones_like(y))])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_target_outside_the_vocabulary_is_refused() -> None:
+    for target in (-1, 7):
+        with pytest.raises((AssertionError, RuntimeError, IndexError)):
+            kernels.cross_entropy(torch.zeros(1, 7), torch.tensor([target]), slope=True)
+
+
+def test_without_a_compiler_plain_pytorch_does_the_work_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    built = native.built.__wrapped__()
+    assert built.library is None and "no g++" in built.words
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho 'error: cannot do that' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    built = native.built.__wrapped__()
+    assert built.library is None and "cannot do that" in built.words

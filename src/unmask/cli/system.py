@@ -36,11 +36,13 @@ def doctor(
     ),
 ) -> None:
     """Say what is installed, which device and precision are used, and how to get what is missing."""
+    from unmask.model import native
     from unmask.training import parallel
 
     out = console()
     out.print(f"unmask {unmask.__version__} · Python {platform.python_version()} · {platform.platform()}")
     out.print(f"cores {os.cpu_count()} · used {parallel.describe()}")
+    out.print(f"row-wise kernels for the CPU: {native.built().words}")
     if measure:
         dtype = parallel.compute_dtype(parallel.pick_device(None))
         rate = parallel.matmul_rate(dtype)

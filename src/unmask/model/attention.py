@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unmask.model import native
 from unmask.model.kernels import apply
 from unmask.model.precision import emulated
 
@@ -20,8 +21,8 @@ def attention(
 ) -> Tensor:
     """softmax(q kᵀ / √K) v -> (B, H, T, K). H is a multiple of G: query heads share key heads in order.
 
-    `causal`: position i sees keys up to i. `mask`: bool, true where a query may see a key,
-    broadcastable to (B, 1, T, S). Neither: every query sees every key.
+    `causal`: position i sees keys up to i; a mask that is given too has to hide the others itself. `mask`: bool,
+    true where a query may see a key, broadcastable to (B, 1, T, S). Neither: every query sees every key.
     """
     if emulated(q_BHTK):
         return attention(q_BHTK.float(), k_BGSK.float(), v_BGSK.float(), mask, causal).to(q_BHTK.dtype)
@@ -39,52 +40,67 @@ def attention(
         k_BGSK = k_BGSK.repeat_interleave(heads // groups, 1)
         v_BGSK = v_BGSK.repeat_interleave(heads // groups, 1)
     keys = k_BGSK.shape[2]
-    if q_BHTK.dtype is torch.bfloat16 and q_BHTK.device.type == "cpu" and queries * keys <= SCORES_TO_KEEP:
-        if causal:
-            mask = q_BHTK.new_ones(queries, keys, dtype=torch.bool).tril_()
-        return apply(AttentionByProducts, q_BHTK, k_BGSK, v_BGSK, mask)
-    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=causal)
+    if q_BHTK.dtype is torch.bfloat16 and native.takes(q_BHTK) and queries * keys <= SCORES_TO_KEEP:
+        return apply(AttentionByProducts, q_BHTK, k_BGSK, v_BGSK, mask, causal)
+    return F.scaled_dot_product_attention(
+        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=causal and mask is None
+    )
 
 
 class AttentionByProducts(torch.autograd.Function):
     """Attention as batched products that keep the probabilities: (B, H, T, K), S keys, mask as in `attention`.
 
-    In bfloat16 on a CPU this takes half the time of SDPA's flash kernel, though it computes what a causal mask then
-    hides. It is less exact: scores and probabilities are rounded to bfloat16 before and after a softmax in float32, so
-    that a score of size s errs by up to s/512, as in transformers' eager attention. Measuring is in float32, which does
-    not come here. Every query has to see a key.
+    In bfloat16 on a CPU this takes half the time of SDPA's flash kernel, though the products make what a causal mask
+    then hides. It is less exact: scores and probabilities are rounded to bfloat16 before and after a softmax in
+    float32, so that a score of size s errs by up to s/512, as in transformers' eager attention. Measuring is in float32,
+    which does not come here. Every query has to see a key.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        rows, heads, _, size = q.shape
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        rows, heads, queries, size = q.shape
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        scores = torch.bmm(q, k.mT)
-        if mask is None:
-            scores.mul_(size**-0.5)
-        else:
-            bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-            scores_BHTS = scores.view(rows, heads, *scores.shape[1:])
-            torch.add(bias, scores_BHTS, alpha=size**-0.5, out=scores_BHTS)
-        probs = scores.softmax(-1)
+        probs = torch.bmm(q, k.mT)
+        seen = None if mask is None else mask.expand(-1, 1, queries, probs.shape[2]).contiguous()
+        native.call(
+            "attention_weights",
+            probs.dtype,
+            probs,
+            size**-0.5,
+            seen,
+            0 if seen is None else len(seen),
+            causal,
+            rows,
+            heads,
+            *probs.shape[1:],
+        )
         ctx.save_for_backward(q, k, v, probs)
-        ctx.rows_and_heads = rows, heads
+        ctx.rows_and_heads, ctx.causal = (rows, heads), causal
         y = torch.bmm(probs, v)
         return y.view(rows, heads, *y.shape[1:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, probs = ctx.saved_tensors
         grad = grad.flatten(0, 1)
         d_v = torch.bmm(probs.mT, grad)
-        d_probs = torch.bmm(grad, v.mT)
-        d_scores = torch.ops.aten._softmax_backward_data(d_probs, probs, -1, probs.dtype)
-        scale = q.shape[-1] ** -0.5
-        d_q = torch.bmm(d_scores, k).mul_(scale)
-        d_k = torch.bmm(d_scores.mT, q).mul_(scale)
+        d_scores = torch.bmm(grad, v.mT)
+        _, queries, keys = probs.shape
+        native.call(
+            "attention_weights_backward",
+            probs.dtype,
+            d_scores,
+            probs,
+            q.shape[-1] ** -0.5,
+            ctx.causal,
+            len(probs) * queries,
+            queries,
+            keys,
+        )
+        d_q, d_k = torch.bmm(d_scores, k), torch.bmm(d_scores.mT, q)
         d_q, d_k, d_v = (d.view(*ctx.rows_and_heads, *d.shape[1:]) for d in (d_q, d_k, d_v))
-        return d_q, d_k, d_v, None
+        return d_q, d_k, d_v, None, None
 
 
 def packed_mask(

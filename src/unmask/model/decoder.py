@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unmask.model.attention import attention, cached_mask, packed_mask
 from unmask.model.cache import Cache
 from unmask.model.config import ModelConfig
-from unmask.model.kernels import rms_norm, rotary_tables, rotate
+from unmask.model.kernels import norm_rotate, rms_norm, rotary_tables, swiglu
 from unmask.model.precision import linear
 from unmask.model.step import Step, worth_packing
 
@@ -89,19 +89,22 @@ class Attention(nn.Module):
             projection(x_BTD).view(rows, tokens, -1, self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, where.cos, where.sin), rotate(k, where.cos, where.sin)
-        keys, values = k.transpose(1, 2), v.transpose(1, 2)
+        q, keys = self._placed(q, self.q_norm, where), self._placed(k, self.k_norm, where)
+        values = v.transpose(1, 2)
         if where.cache is not None:
+            k = keys.transpose(1, 2)
             kept_keys, kept_values = where.cache.write(self.layer, k, v, where.positions_BT, where.reach)
             if where.reach > tokens:  # else the cache was empty: the tokens at hand are all there is
                 keys, values = kept_keys, kept_values
-        mask = where.masks[self.layer]
-        y = attention(q.transpose(1, 2), keys, values, mask, causal=mask is None and where.causal)
+        y = attention(q, keys, values, where.masks[self.layer], where.causal)
         y = y.transpose(1, 2).reshape(rows, tokens, -1)
         written: Tensor = self.o_proj(y if at_N is None else at(y, at_N))
         return written
+
+    def _placed(self, x_BTHK: Tensor, norm: "RMSNorm | None", where: "Where") -> Tensor:
+        """Queries or keys, normed and turned to their positions: (B, H, T, K)."""
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        return norm_rotate(x_BTHK, weight, eps, where.cos, where.sin)
 
 
 class MLP(nn.Module):
@@ -112,7 +115,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        y: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return y
 
 

@@ -1,7 +1,8 @@
-"""Row-wise pieces of the decoder that automatic differentiation would do in many passes over memory.
+"""The decoder's row-wise parts: by `rowwise.cpp` on a CPU that has it compiled, by plain PyTorch elsewhere.
 
-On a CPU such passes are what a small model loses its time in. Each function's forward is the same with and
-without gradients, bit for bit, so that log-probabilities that are measured and trained on agree exactly.
+Plain PyTorch takes many passes over memory for each of them, which is what a small model loses its time in. Both ways
+compute in float32 (float64 stays). The way does not depend on whether gradients are wanted, so that log-probabilities
+that are measured and trained on agree bit for bit.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unmask.model import native
 from unmask.model.precision import wide
 
 
@@ -22,45 +24,38 @@ def apply(function: type[torch.autograd.Function], *inputs: object) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / √(mean x² + ε) · w over the last axis, computed in float32 (float64 stays), in x's dtype."""
-    if x.device.type == "cpu":
-        return apply(RMSNormOnCPU, x, weight, eps)
+    if native.takes(x, weight):
+        return apply(RMSNorm, x, weight, eps)
     return F.rms_norm(wide(x), weight.shape, wide(weight), eps).to(x.dtype)
 
 
-class RMSNormOnCPU(torch.autograd.Function):
-    """PyTorch has no fused RMSNorm for a CPU, but a fused backward of LayerNorm that takes mean and scale.
-
-    With mean 0 and scale r = 1/√(mean x² + ε) that kernel gives RMSNorm's gradient and the term of the mean,
-    −r · mean(w · dy), which RMSNorm does not have; it is taken out. Several times as fast as the composite.
-    """
-
+class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        exact = wide(x)
-        length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
-        scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        y = exact * scale if exact is x else exact.mul_(scale)  # a copy is free to overwrite
-        return y.mul_(weight).to(x.dtype)
+        x = x.contiguous()
+        y, scales = torch.empty_like(x), torch.empty(x.shape[:-1])
+        native.call("rms_norm", x.dtype, x, weight, eps, scales.numel(), x.shape[-1], y, scales)
+        ctx.save_for_backward(x, weight, scales)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        exact_grad = wide(grad).contiguous()
-        exact_weight = weight.to(exact_grad.dtype)
-        d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            exact_grad,
-            wide(x).contiguous(),
-            weight.shape,
-            torch.zeros_like(scale),
-            scale,
-            exact_weight,
-            None,
-            [True, True, False],
+        x, weight, scales = ctx.saved_tensors
+        d_x, d_weights = torch.empty_like(x), torch.zeros(native.PARTS, x.shape[-1])
+        native.call(
+            "rms_norm_backward",
+            x.dtype,
+            grad.contiguous(),
+            x,
+            weight,
+            scales,
+            scales.numel(),
+            x.shape[-1],
+            d_x,
+            d_weights,
         )
-        mean = (exact_grad @ exact_weight).unsqueeze(-1).mul_(scale).div_(x.shape[-1])
-        return d_x.add_(mean).to(x.dtype), d_weight.to(weight.dtype), None
+        return d_x, d_weights.sum(0).to(weight.dtype), None
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,29 +70,105 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     cos and sin, (B or 1, T, 1, K), hold a plane's value at both coordinates, sin with a minus at the first.
     """
-    if torch.is_grad_enabled() and x_BTHK.requires_grad:
-        return apply(Rotation, x_BTHK, cos, sin)
-    return turned(x_BTHK, cos, sin, 1.0)
-
-
-def turned(x: Tensor, cos: Tensor, sin: Tensor, way: float) -> Tensor:
-    exact = wide(x)
+    exact = wide(x_BTHK)
     # Whole rows of K: the same on two halves, strided, takes four times as long on a CPU.
-    other = exact.roll(x.shape[-1] // 2, -1)
-    y = exact * cos if exact is x else exact.mul_(cos)  # a copy is free to overwrite
-    return y.addcmul_(other, sin, value=way).to(x.dtype)
+    other = exact.roll(x_BTHK.shape[-1] // 2, -1)
+    return (exact * cos).addcmul(other, sin).to(x_BTHK.dtype)
 
 
-class Rotation(torch.autograd.Function):
-    """The gradient of a rotation is turned back by the same angle; nothing of x is kept."""
+def norm_rotate(x_BTHK: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """rms_norm over K, if there is a weight (K), then `rotate`: (B, H, T, K)."""
+    if native.takes(x_BTHK, x_BTHK if weight is None else weight) and cos.dtype is torch.float32:
+        return apply(NormRotate, x_BTHK, weight, eps, cos.contiguous(), sin.contiguous())
+    normed = x_BTHK if weight is None else rms_norm(x_BTHK, weight, eps)
+    return rotate(normed, cos, sin).transpose(1, 2)
 
+
+class NormRotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return turned(x, cos, sin, 1.0)
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x.contiguous()
+        batch, tokens, heads, size = x.shape
+        y, scales = x.new_empty(batch, heads, tokens, size), torch.empty(batch, tokens, heads)
+        native.call("norm_rotate", x.dtype, x, weight, eps, cos, sin, len(cos), *x.shape, y, scales)
+        ctx.save_for_backward(None if weight is None else x, weight, cos, sin, scales)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return turned(grad, cos, sin, -1.0), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        x, weight, cos, sin, scales = ctx.saved_tensors
+        batch, heads, tokens, size = grad.shape
+        d_x = grad.new_empty(batch, tokens, heads, size)
+        d_weights = torch.zeros(native.PARTS, size)
+        native.call(
+            "norm_rotate_backward",
+            grad.dtype,
+            grad.contiguous(),
+            x,
+            weight,
+            cos,
+            sin,
+            scales,
+            len(cos),
+            *d_x.shape,
+            d_x,
+            d_weights,
+        )
+        return d_x, None if weight is None else d_weights.sum(0).to(weight.dtype), None, None, None
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up."""
+    if native.takes(gate, up):
+        return apply(SwiGLU, gate, up)
+    return F.silu(gate) * up
+
+
+class SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        y = torch.empty_like(gate)
+        native.call("swiglu", gate.dtype, gate, up, gate.numel(), y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        native.call("swiglu_backward", gate.dtype, grad.contiguous(), gate, up, gate.numel(), d_gate, d_up)
+        return d_gate, d_up
+
+
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
+    """−ln softmax(logits)[target], (N,) in float32 (float64 stays), and if asked the slope by the logits, in their dtype.
+
+    The logits may be overwritten.
+    """
+    if native.takes(logits_NV):
+        assert int(targets_N.min()) >= 0 and int(targets_N.max()) < logits_NV.shape[1], (
+            "a target that is no id"
+        )
+        losses_N = torch.empty(len(targets_N))
+        native.call(
+            "cross_entropy",
+            logits_NV.dtype,
+            logits_NV,
+            targets_N.contiguous(),
+            slope,
+            *logits_NV.shape,
+            losses_N,
+        )
+        return losses_N, logits_NV if slope else None
+    targets = targets_N[:, None]
+    log_probs = wide(logits_NV).log_softmax(-1)
+    losses_N = -log_probs.gather(1, targets)[:, 0]
+    if not slope:
+        return losses_N, None
+    probs = log_probs.exp_()
+    return losses_N, probs.scatter_add_(1, targets, probs.new_full((len(targets), 1), -1.0)).to(
+        logits_NV.dtype
+    )

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unmask.model.kernels import apply
-from unmask.model.precision import emulated, linear, wide
+from unmask.model.kernels import apply, cross_entropy
+from unmask.model.precision import emulated, linear
 
-# Rows of a chunk are cut so that its float32 logits take at most 128 MB, however large the vocabulary.
+# Rows of a chunk are cut so that its logits take at most 128 MB in float32, however large the vocabulary.
 LOGITS_AT_ONCE = 2**25
 
 
@@ -18,11 +18,6 @@ def chunks(rows: int, vocabulary: int, chunk: int) -> Iterator[slice]:
     step = max(1, min(chunk, LOGITS_AT_ONCE // vocabulary))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
-
-
-def float_logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """Logits in the dtype of the product, then float32 (float64 stays); a fresh tensor, free to overwrite."""
-    return wide(linear(hidden, head))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -39,16 +34,12 @@ class CrossEntropySum(torch.autograd.Function):
         d_head = torch.zeros_like(head_VD, dtype=exact) if need_head else None
         total = torch.zeros((), dtype=exact, device=hidden_ND.device)
         for rows in chunks(hidden_ND.shape[0], head_VD.shape[0], chunk):
-            hidden, targets = hidden_ND[rows], targets_N[rows, None]
+            hidden, targets = hidden_ND[rows], targets_N[rows]
             logits = linear(hidden, head_VD)
-            probs = logits.softmax(-1, dtype=exact)
-            # ln Σ exp(logits) is the largest logit less the logarithm of its probability: no pass of its own. The
-            # logits are subtracted first: both may be large, and their difference is not.
-            below = wide(logits.amax(-1)) - wide(logits.gather(1, targets)[:, 0])
-            total += (below - probs.amax(-1).log()).sum()
-            if d_hidden is None and d_head is None:
+            losses, slope = cross_entropy(logits, targets, slope=need_hidden or need_head)
+            total += losses.sum()
+            if slope is None:
                 continue
-            slope = probs.scatter_add_(1, targets, probs.new_full((len(targets), 1), -1.0)).to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[rows] = product(slope, head_VD)
             if d_head is not None:
@@ -79,39 +70,36 @@ def cross_entropy_sum(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chu
 
 class TokenLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, temperature: float, chunk: int
-    ) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
         ctx.save_for_backward(hidden_ND, head_VD, targets_N)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.chunk = chunk
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         out = torch.empty(hidden_ND.shape[0], dtype=exact, device=hidden_ND.device)
         for rows in chunks(hidden_ND.shape[0], head_VD.shape[0], chunk):
-            log_probs = float_logits(hidden_ND[rows], head_VD).div_(temperature).log_softmax(-1)
-            out[rows] = log_probs.gather(1, targets_N[rows, None])[:, 0]
+            losses, _ = cross_entropy(linear(hidden_ND[rows], head_VD), targets_N[rows], slope=False)
+            out[rows] = -losses
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_ND, head_VD, targets_N = ctx.saved_tensors
         need_hidden, need_head = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden_ND) if need_hidden else None
         d_head = torch.zeros_like(head_VD, dtype=grad_N.dtype) if need_head else None
         for rows in chunks(hidden_ND.shape[0], head_VD.shape[0], ctx.chunk):
-            hidden, grad = hidden_ND[rows], grad_N[rows, None] / ctx.temperature
-            logits = float_logits(hidden, head_VD).div_(ctx.temperature)
-            slope = logits.softmax(-1).mul_(-grad)
-            slope = slope.scatter_add_(1, targets_N[rows, None], grad).to(hidden.dtype)
+            # A row's slope is multiplied by its gradient after the product with the head, and before the one with the
+            # hidden states: a row of those is short, one of the slope as long as the vocabulary.
+            hidden, grad = hidden_ND[rows], grad_N[rows, None]
+            _, slope = cross_entropy(linear(hidden, head_VD), targets_N[rows], slope=True)
+            assert slope is not None
             if d_hidden is not None:
-                d_hidden[rows] = product(slope, head_VD)
+                d_hidden[rows] = product(slope, head_VD) * -grad
             if d_head is not None:
-                d_head += product(slope.t(), hidden)
-        return d_hidden, None if d_head is None else d_head.to(head_VD.dtype), None, None, None
+                d_head -= product(slope.t(), (hidden * grad).to(hidden.dtype))
+        return d_hidden, None if d_head is None else d_head.to(head_VD.dtype), None, None
 
 
-def token_log_probs(
-    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, temperature: float = 1.0, chunk: int = 1024
-) -> Tensor:
-    """log softmax(logits / temperature)[target] in nats, float32 (N,); backward makes the logits again."""
-    return apply(TokenLogProbs, hidden_ND, head_VD, targets_N, temperature, chunk)
+def token_log_probs(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int = 1024) -> Tensor:
+    """log softmax(logits)[target] in nats, float32 (N,); backward makes the logits again."""
+    return apply(TokenLogProbs, hidden_ND, head_VD, targets_N, chunk)

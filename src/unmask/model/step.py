@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unmask.model.cache import Cache
 from unmask.model.config import ModelConfig
-from unmask.model.kernels import rms_norm, rotary_tables, turned
+from unmask.model.kernels import rms_norm, rotary_tables, rotate
 from unmask.model.precision import emulated, wide
 
 # Numbers in the copy that is made, 1 GB of float32 at most; larger models lose little in calls.
@@ -110,7 +110,7 @@ class Step:
             if layer.qk_norm is not None:
                 qk = F.rms_norm(wide(qk), (config.head_dim,), None, config.rms_norm_eps)
                 qk = qk.mul_(layer.qk_norm).to(x.dtype)
-            qk = turned(qk, cos, sin, 1.0)
+            qk = rotate(qk, cos, sin)
             if even:
                 cache.k[i, :, :, reach - 1] = qk[:, heads:]
                 cache.v[i, :, :, reach - 1] = v
