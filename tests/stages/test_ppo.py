@@ -275,6 +275,10 @@ def test_while_the_critic_warms_up_the_policy_stands_still_and_raw_text_waits() 
         loop.train_step(objective, optimizer, step, 1.0, 1.0)
     assert moved("critic.")
     assert not moved("policy.")
+    grads = [master.grad for name, master in optimizer.masters.items() if name.startswith("policy.")]
+    assert grads and all(
+        grad is not None and not grad.any() for grad in grads
+    )  # none would leave Adam's averages
     loop.train_step(objective, optimizer, objective.pause_every, 1.0, 1.0)
     assert moved("policy.")
 

@@ -52,8 +52,8 @@ class AttentionByProducts(torch.autograd.Function):
 
     In bfloat16 on a CPU this takes half the time of SDPA's flash kernel, though the products make what a causal mask
     then hides. It is less exact: scores and probabilities are rounded to bfloat16 before and after a softmax in
-    float32, so that a score of size s errs by up to s/512, as in transformers' eager attention. Measuring is in float32,
-    which does not come here. Every query has to see a key.
+    float32, so that a score of size s errs by up to s/512, as in transformers' eager attention. Measuring is in
+    float32, which does not come here. Every query has to see a key.
     """
 
     @staticmethod

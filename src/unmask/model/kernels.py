@@ -144,9 +144,9 @@ class SwiGLU(torch.autograd.Function):
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
-    """−ln softmax(logits)[target], (N,) in float32 (float64 stays), and if asked the slope by the logits, in their dtype.
+    """−ln softmax(logits)[target], (N,) in float32 (float64 stays), and if asked its slope by the logits, (N, V).
 
-    The logits may be overwritten.
+    The slope has the logits' dtype. They may be overwritten.
     """
     if native.takes(logits_NV):
         assert int(targets_N.min()) >= 0 and int(targets_N.max()) < logits_NV.shape[1], (

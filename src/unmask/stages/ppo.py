@@ -202,7 +202,10 @@ class PPO:
         value_loss = value_N.sum() / n
         metrics: dict[str, Tensor | float] = {"value_loss": value_loss.detach(), **batch.numbers}
         if not batch.policy_learns:
-            return settings.value_weight * value_loss, metrics
+            # Zero gradients and not none: Adam's averages then grow from zero, which makes the policy's first steps
+            # short ones.
+            nothing = sum(weight.sum() * 0 for weight in self.model.policy.parameters())
+            return settings.value_weight * value_loss + nothing, metrics
         log_probs_N = log_probs(self.model.policy, batch.actions)
         policy_N = objectives.clipped_policy_loss(
             log_probs_N, batch.log_probs_N, batch.advantages_N, settings.ratio_clip
