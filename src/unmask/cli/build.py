@@ -50,7 +50,7 @@ def plan(
     ] = None,
     on: Annotated[
         list[str] | None,
-        typer.Option(help="An accelerator to plan for: A100, H100, H200, L4, RTX4090. May be repeated."),
+        typer.Option(help="An accelerator to plan for, as H100; a wrong name lists all. May be repeated."),
     ] = None,
     share: Annotated[
         float,
@@ -74,11 +74,11 @@ def plan(
     named = [estimate.accelerator(key) for key in on or ()]
     here = parallel.pick_device(device)
     costs = estimate.estimate(resolved, parallel.compute_dtype(here))
-    timed = whole_plan(resolved, here)
+    planned = show_plan.Planned(resolved, costs, whole_plan(resolved, here), here, named, share)
     if json_:
-        print(json.dumps(show_plan.as_json(resolved, costs, timed, named, share, here)))
+        print(json.dumps(show_plan.as_json(planned)))
     else:
-        console().print(show_plan.table(resolved, costs, timed, named, share, here))
+        console().print(show_plan.table(planned))
 
 
 def report(run: Annotated[Path, typer.Argument(help="The directory of a run, as runs/tiny.")]) -> None:

@@ -1,7 +1,7 @@
 """What `unmask plan` prints."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Group
@@ -13,21 +13,27 @@ from unmask.progress import duration
 from unmask.recipe import Recipe
 from unmask.training import parallel
 
+
+class Planned(NamedTuple):
+    """A recipe's costs, its times here, and accelerators with the share of their rate that training is to reach."""
+
+    recipe: Recipe
+    costs: Sequence[Cost]
+    timed: Plan
+    device: torch.device
+    accelerators: Sequence[Accelerator]
+    share: float
+
+
 FORMULA = (
     "FLOPs: 6 for each weight that a token is multiplied with and 6·L·d·T of attention, a token and network trained. "
     "Memory: of the training itself. rl: prompts and answers at their longest."
 )
 
 
-def table(
-    recipe: Recipe,
-    costs: Sequence[Cost],
-    timed: Plan,
-    accelerators: Sequence[Accelerator],
-    share: float,
-    device: torch.device,
-) -> Group:
+def table(planned: Planned) -> Group:
     """A row a stage; a column for this machine, by steps that were timed, and one for each accelerator."""
+    recipe, costs, timed, device, accelerators, share = planned
     config = shape(recipe)
     head = (
         f"recipe {recipe.name} · depth {recipe.depth} · {config.hidden_size} wide · context {recipe.context} · "
@@ -81,25 +87,19 @@ def _note(costs: Sequence[Cost], accelerator: Accelerator, share: float) -> str:
     return f"{said} ({accelerator.source})."
 
 
-def as_json(
-    recipe: Recipe,
-    costs: Sequence[Cost],
-    timed: Plan,
-    accelerators: Sequence[Accelerator],
-    share: float,
-    device: torch.device,
-) -> dict[str, Any]:
+def as_json(planned: Planned) -> dict[str, Any]:
     """The same numbers: seconds, bytes, dollars."""
-    planned: dict[str, Any] = {}
+    recipe, costs, timed, device, accelerators, share = planned
+    elsewhere: dict[str, Any] = {}
     for each in accelerators:
         taken = {cost.stage: seconds(cost, each, share) for cost in costs}
         hours = sum(taken.values()) / 3600
         dollars = [price * hours for price in each.dollars] if each.dollars else None
-        planned[each.name] = {"seconds": taken, "share": share, "dollars": dollars, "source": each.source}
+        elsewhere[each.name] = {"seconds": taken, "share": share, "dollars": dollars, "source": each.source}
     return {
         "recipe": recipe.name,
         "parameters": timed.parameters,
         "stages": [cost._asdict() for cost in costs],
         "here": {"machine": parallel.describe(device), "seconds": timed.seconds},
-        "accelerators": planned,
+        "accelerators": elsewhere,
     }

@@ -7,6 +7,7 @@ from unmask.model.attention import SCORES_TO_KEEP
 from unmask.model.config import ModelConfig
 from unmask.model.decoder import Decoder
 from unmask.model.loss import LOGITS_AT_ONCE
+from unmask.model.native import built
 from unmask.model.scorer import Scorer
 
 
@@ -46,8 +47,9 @@ def training_bytes(
 
     Each weight: 4 bytes of master, 4 of gradient, 8 of AdamW's state (4 of Muon's for matrices inside layers), and a
     copy where the dtype is narrower. Each token of a micro-batch: what layers keep for backward, which is 4 vectors of
-    the width, 7 of the heads, 4 of the hidden layer, and each head's probabilities where attention keeps them. And a
-    chunk of logits: the product, float32 probabilities, their slope.
+    the width, 7 of the heads, 3 of the hidden layer, and each head's probabilities where attention keeps them. And a
+    chunk of logits, which become their slope in place. Without compiled kernels: one more vector of the hidden layer,
+    no probabilities, and float32 copies of the logits.
     """
     size = dtype.itemsize
     weights, matrices = parameters(config), matrix_weights(config)
@@ -55,9 +57,12 @@ def training_bytes(
     held = weights * (4 + 4 + (size if size < 4 else 0)) + state
     heads = config.num_attention_heads * config.head_dim
     grouped = config.num_key_value_heads * config.head_dim
-    kept = 4 * config.hidden_size + 3 * heads + 4 * grouped + 4 * config.intermediate_size
-    if dtype is torch.bfloat16 and length**2 <= SCORES_TO_KEEP:
+    compiled = built().library is not None
+    kept = (
+        4 * config.hidden_size + 3 * heads + 4 * grouped + (3 if compiled else 4) * config.intermediate_size
+    )
+    if compiled and dtype is torch.bfloat16 and length**2 <= SCORES_TO_KEEP:
         kept += config.num_attention_heads * length
     read = micro_tokens * config.num_hidden_layers * kept * size
-    chunk = min(1024 * config.vocab_size, LOGITS_AT_ONCE) * (2 * size + 4)
+    chunk = min(1024 * config.vocab_size, LOGITS_AT_ONCE) * (size if compiled else 2 * size + 4)
     return held + read + (0 if config.is_scorer else chunk)
