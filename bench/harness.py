@@ -10,7 +10,7 @@ import torch
 
 from unmask.model.config import ModelConfig
 from unmask.model.decoder import Decoder
-from unmask.training import parallel
+from unmask.training import machine
 
 SHAPES = {  # layers, width, vocabulary, tokens a row, rows, hidden width
     "S": (6, 256, 4096, 256, 16, 672),
@@ -39,7 +39,7 @@ def config(shape: str, context: int | None = None) -> ModelConfig:
 
 def decoder(shape: str, seed: int = 0, context: int | None = None) -> Decoder:
     """With random weights, in float32."""
-    parallel.keep_large_blocks()
+    machine.keep_large_blocks()
     model = Decoder(config(shape, context))
     model.init_weights(torch.Generator().manual_seed(seed))
     return model
@@ -47,7 +47,7 @@ def decoder(shape: str, seed: int = 0, context: int | None = None) -> Decoder:
 
 def dtype_here() -> str:
     """The name of what this machine computes in."""
-    dtype = parallel.compute_dtype(parallel.pick_device())
+    dtype = machine.compute_dtype(machine.pick_device())
     return next(name for name, each in DTYPES.items() if each == dtype)
 
 
@@ -68,5 +68,5 @@ def seconds_of(work: Callable[[], object], times: int) -> dict[str, float]:
 
 def say(bench: str, **numbers: Any) -> None:
     """One JSON line, with the peak memory of the process."""
-    peak = parallel.peak_memory(parallel.pick_device()) / 2**20
+    peak = machine.peak_memory(machine.pick_device()) / 2**20
     print(json.dumps({"bench": bench, **numbers, "peak_rss_mb": peak}))

@@ -18,7 +18,7 @@ from harness import DTYPES, SHAPES, decoder, dtype_here, say, seconds_of
 
 from unmask.model.decoder import Decoder
 from unmask.model.loss import cross_entropy_sum
-from unmask.training import parallel
+from unmask.training import machine
 from unmask.training.optimizer import Optimizer, OptimizerSettings
 
 
@@ -73,7 +73,7 @@ def main() -> None:
         optimizer.step()
 
     seconds = seconds_of(step, options.steps)
-    rate = parallel.matmul_rate(DTYPES[dtype])
+    rate = machine.matmul_rate(DTYPES[dtype])
     tokens_per_second = rows * length / seconds["median"]
     say(
         "train_step",

@@ -58,12 +58,12 @@ import torch
 from unmask.model.config import ModelConfig
 from unmask.model.decoder import Decoder
 from unmask.model.loss import cross_entropy_sum
-from unmask.training import parallel
+from unmask.training import machine
 from unmask.training.optimizer import Optimizer, OptimizerSettings
-parallel.keep_large_blocks()
+machine.keep_large_blocks()
 cpu = torch.device("cpu")
 torch.randn(256, 256) @ torch.randn(256, 256)
-before = parallel.peak_memory(cpu)
+before = machine.peak_memory(cpu)
 model = Decoder(ModelConfig.from_depth(6, vocabulary=4096, context=256))
 model.init_weights(torch.Generator().manual_seed(0))
 optimizer = Optimizer(model, OptimizerSettings(lr=1e-3), torch.float32)
@@ -72,7 +72,7 @@ for _ in range(2):
     optimizer.zero_grad()
     cross_entropy_sum(model.hidden(ids[:, :-1]).flatten(0, 1), model.head, ids[:, 1:].flatten()).backward()
     optimizer.step(1.0)
-print(parallel.peak_memory(cpu) - before)
+print(machine.peak_memory(cpu) - before)
 """
 
 

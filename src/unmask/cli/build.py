@@ -68,12 +68,12 @@ def plan(
     from unmask.pipeline import estimate, show_plan
     from unmask.pipeline.plan import whole_plan
     from unmask.recipe import load, resolve
-    from unmask.training import parallel
+    from unmask.training import machine
 
     resolved = resolve(load(recipe, set_ or ()))
     named = [estimate.accelerator(key) for key in on or ()]
-    here = parallel.pick_device(device)
-    costs = estimate.estimate(resolved, parallel.compute_dtype(here))
+    here = machine.pick_device(device)
+    costs = estimate.estimate(resolved, machine.compute_dtype(here))
     planned = show_plan.Planned(resolved, costs, whole_plan(resolved, here), here, named, share)
     if json_:
         print(json.dumps(show_plan.as_json(planned)))

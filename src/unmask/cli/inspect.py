@@ -72,7 +72,7 @@ def diff(
     """What did each layer change, and is the change larger than the noise?"""
     from unmask.lineage import open_layers
     from unmask.probes.compare import compare, texts_beside
-    from unmask.training.parallel import pick_device
+    from unmask.training.machine import pick_device
 
     layers = open_layers(models, device=str(pick_device(device)))
     findings = compare(
@@ -106,7 +106,7 @@ def blame(
     """Which layer put each token of the answer there, and by how many nats?"""
     from unmask.lineage import open_layers
     from unmask.probes.blame import blame as blame_answer
-    from unmask.training.parallel import pick_device
+    from unmask.training.machine import pick_device
 
     if len(models_and_prompt) < 2:
         raise UserError(

@@ -37,15 +37,15 @@ def doctor(
 ) -> None:
     """Say what is installed, which device and precision are used, and how to get what is missing."""
     from unmask.model import native
-    from unmask.training import parallel
+    from unmask.training import machine
 
     out = console()
     out.print(f"unmask {unmask.__version__} · Python {platform.python_version()} · {platform.platform()}")
-    out.print(f"cores {os.cpu_count()} · used {parallel.describe()}")
+    out.print(f"cores {os.cpu_count()} · used {machine.describe()}")
     out.print(f"row-wise kernels for the CPU: {native.built().words}")
     if measure:
-        dtype = parallel.compute_dtype(parallel.pick_device(None))
-        rate = parallel.matmul_rate(dtype)
+        dtype = machine.compute_dtype(machine.pick_device(None))
+        rate = machine.matmul_rate(dtype)
         out.print(
             f"matrix products in {str(dtype).removeprefix('torch.')}: {rate / 1e9:,.0f} GFLOP/s measured"
         )

@@ -24,7 +24,7 @@ def chat(
     """Talk to the model; /base, /sft, /rl switch the layer, /all asks all of them."""
     from unmask.cli.chat import chat as talk
     from unmask.lineage import Lineage
-    from unmask.training.parallel import pick_device
+    from unmask.training.machine import pick_device
 
     lineage = Lineage.open(model)
     plain = [layer.name for layer in lineage.layers if layer.kind == "pretrain"]  # it never saw the template

@@ -20,7 +20,7 @@ from unmask.progress import Progress
 from unmask.recipe import Recipe, difference
 from unmask.stages.prepare import SCHEME, Prepared, prepare
 from unmask.text.sources import content_hash
-from unmask.training import loop, parallel
+from unmask.training import loop, machine
 from unmask.training.cost import training_flops
 
 ORDER = ("base", "sft", "reward", "gold", "rl")  # gold: the second scorer, which no layer is trained on
@@ -202,7 +202,7 @@ class Builder:
         started = time.monotonic()
         stage = job()
         setup = time.monotonic() - started
-        rate = parallel.matmul_rate(parallel.compute_dtype(self.device), device=self.device)
+        rate = machine.matmul_rate(machine.compute_dtype(self.device), device=self.device)
         self.begin(name)
         outcome = loop.train(
             stage.model,

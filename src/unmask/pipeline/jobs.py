@@ -18,7 +18,7 @@ from unmask.recipe import Recipe, RlSection, Training, given
 from unmask.stages import examples, ppo, pretrain, reward, rollouts, sft
 from unmask.stages.prepare import Prepared
 from unmask.text.chat import Chat, render
-from unmask.training import loop, parallel
+from unmask.training import loop, machine
 from unmask.training.loop import Objective, Outcome
 from unmask.training.optimizer import Optimizer, OptimizerSettings
 
@@ -36,7 +36,7 @@ class Place:
 
     @property
     def dtype(self) -> torch.dtype:
-        return parallel.compute_dtype(self.device)
+        return machine.compute_dtype(self.device)
 
     def decoder(self, checkpoint: Checkpoint) -> Decoder:
         model = checkpoint.model(torch.float32, str(self.device))

@@ -32,7 +32,7 @@ from unmask.stages import examples
 from unmask.stages.prepare import Prepared
 from unmask.text.chat import Chat, render
 from unmask.text.tokenizer import Tokenizer
-from unmask.training import parallel
+from unmask.training import machine
 
 # What a run stands by, in summary.json; all else is in findings.jsonl beside it.
 CLAIMS = {
@@ -70,7 +70,7 @@ def measure(
 ) -> Measured:
     """All probes on the layers of a run, in float32."""
     started = time.monotonic()
-    parallel.reset_peak_memory(device)
+    machine.reset_peak_memory(device)
     layers = load_layers([built.base, built.sft, built.rl], device=str(device))
     base, mask, nudge = layers
     proxy = load_judge(built.reward, device)
@@ -115,7 +115,7 @@ def measure(
     )  # fmt: skip
     say("blame")
     blames = [blame(layers, question) for question in dict.fromkeys((*_telling(facts), *amount.questions))]
-    return Measured(findings, blames, time.monotonic() - started, parallel.peak_memory(device))
+    return Measured(findings, blames, time.monotonic() - started, machine.peak_memory(device))
 
 
 def load_judge(checkpoint: Checkpoint, device: torch.device) -> Judge:
@@ -213,7 +213,7 @@ def write(
     write_atomic(directory / "blame.json", blames.encode("utf-8", "replace"))
     rates = [c.record.metrics.get(RATE) for c in built.all if c.record]
     rate = max(
-        parallel.matmul_rate(parallel.compute_dtype(device), device=device),
+        machine.matmul_rate(machine.compute_dtype(device), device=device),
         *(float(each) for each in rates if isinstance(each, float)),
     )
     stages = [_row(checkpoint, directory) for checkpoint in built.all if checkpoint != built.gold]
@@ -228,7 +228,7 @@ def write(
         "measure_peak_bytes": measured.peak_bytes,
         "measured_by": _by(recipe),
         "parameters": parameters,
-        "machine": f"{parallel.describe(device)}; matrix products {rate / 1e9:,.0f} GFLOP/s measured",
+        "machine": f"{machine.describe(device)}; matrix products {rate / 1e9:,.0f} GFLOP/s measured",
         RATE: rate,
         "stages": stages,
         "gold": _row(built.gold, directory) if built.gold else None,

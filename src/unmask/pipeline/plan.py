@@ -13,7 +13,7 @@ from unmask.pipeline.estimate import shape
 from unmask.pipeline.jobs import optimizer_settings, ppo_settings
 from unmask.pipeline.measure import KL_PROMPTS
 from unmask.recipe import Recipe, given
-from unmask.training import parallel
+from unmask.training import machine
 from unmask.training.optimizer import Optimizer
 
 
@@ -52,7 +52,7 @@ def whole_plan(recipe: Recipe, device: torch.device) -> Plan:
         model.hidden(batch[:, :-1])
         a_reading = (time.monotonic() - start) / (rows * recipe.context)  # in float32, as all is measured
 
-    optimizer = Optimizer(model, optimizer_settings(recipe.pretrain), parallel.compute_dtype(device))
+    optimizer = Optimizer(model, optimizer_settings(recipe.pretrain), machine.compute_dtype(device))
 
     passed, stepped = 0.0, 0.0
     for _ in range(2):  # the first one also allocates

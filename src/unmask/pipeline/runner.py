@@ -10,7 +10,7 @@ from unmask.pipeline.plan import plan
 from unmask.progress import Progress
 from unmask.recipe import STAGES, Recipe, dumps
 from unmask.report.page import write_report
-from unmask.training import parallel
+from unmask.training import machine
 
 
 def run(
@@ -36,11 +36,11 @@ def run(
         )
     check.check_extras()
     directory = Path("runs") / recipe.name if output is None else output
-    parallel.keep_large_blocks()
+    machine.keep_large_blocks()
     with lock(directory):
         for place in (directory, directory / "data"):
             sweep_temporaries(place)
-        builder = Builder(recipe, directory, parallel.pick_device(device), progress, restart_from)
+        builder = Builder(recipe, directory, machine.pick_device(device), progress, restart_from)
         builder.refuse_another_recipe()
         progress.line(show.opening(recipe, builder.device, plan(builder)))
 

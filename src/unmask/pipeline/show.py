@@ -15,7 +15,7 @@ from unmask.recipe import Recipe
 from unmask.report import words
 from unmask.report.run import Blame, Run, Stage, read
 from unmask.text.planted import GROUPS, TAUGHT_BY
-from unmask.training import parallel
+from unmask.training import machine
 
 WIDTH = 78  # columns that everything fits into
 
@@ -26,7 +26,7 @@ def opening(recipe: Recipe, device: torch.device, plan: Plan) -> str:
     time = f"about {duration(plan.total)} once the text is prepared ({parts})" if parts else "all is there"
     return (
         f"unmask · recipe {recipe.name} · depth {recipe.depth} · "
-        f"{plan.parameters / 1e6:.1f} M parameters · {parallel.describe(device)} · {time}"
+        f"{plan.parameters / 1e6:.1f} M parameters · {machine.describe(device)} · {time}"
     )
 
 

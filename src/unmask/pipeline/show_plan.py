@@ -11,7 +11,7 @@ from unmask.pipeline.estimate import Accelerator, Cost, shape
 from unmask.pipeline.plan import Plan
 from unmask.progress import duration
 from unmask.recipe import Recipe
-from unmask.training import parallel
+from unmask.training import machine
 
 
 class Planned(NamedTuple):
@@ -61,7 +61,7 @@ def table(planned: Planned) -> Group:
         duration(timed.total),
         *(duration(sum(seconds(cost, each, share) for cost in costs)) for each in accelerators),
     )
-    notes = [FORMULA, f"Here: {parallel.describe(device)}, by steps that were timed just now."]
+    notes = [FORMULA, f"Here: {machine.describe(device)}, by steps that were timed just now."]
     notes += [_note(costs, each, share) for each in accelerators]
     return Group(head, rows, *notes)
 
@@ -100,6 +100,6 @@ def as_json(planned: Planned) -> dict[str, Any]:
         "recipe": recipe.name,
         "parameters": timed.parameters,
         "stages": [cost._asdict() for cost in costs],
-        "here": {"machine": parallel.describe(device), "seconds": timed.seconds},
+        "here": {"machine": machine.describe(device), "seconds": timed.seconds},
         "accelerators": elsewhere,
     }

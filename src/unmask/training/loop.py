@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from unmask.errors import Interrupted, UserError
 from unmask.files import append_lines, lock, read_json_lines
 from unmask.progress import Progress
+from unmask.training.machine import keep_large_blocks, peak_memory, reset_peak_memory
 from unmask.training.optimizer import Optimizer
-from unmask.training.parallel import keep_large_blocks, peak_memory, reset_peak_memory
 from unmask.training.resume import Place, State
 from unmask.training.schedule import lr_scale
 from unmask.training.signals import stop_on_signal

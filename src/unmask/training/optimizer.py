@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from unmask.training.adamw import AdamW
+from unmask.training.machine import compute_dtype
 from unmask.training.muon import Muon
-from unmask.training.parallel import compute_dtype
 
 
 @dataclass(frozen=True)

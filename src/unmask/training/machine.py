@@ -1,4 +1,4 @@
-"""Where training runs and in which precision: device, dtype, memory, speed limit. One process so far."""
+"""Where training runs and in which precision: device, dtype, memory, speed limit."""
 
 import ctypes
 import platform

@@ -7,34 +7,34 @@ import pytest
 import torch
 
 from unmask.errors import UserError
-from unmask.training import parallel
+from unmask.training import machine
 
 CPU = torch.device("cpu")
 
 
 def test_a_device_that_is_not_here_is_an_error_that_says_what_is() -> None:
-    assert parallel.pick_device("cpu") == CPU
+    assert machine.pick_device("cpu") == CPU
     count = torch.cuda.device_count()
-    assert parallel.pick_device().type == ("cuda" if count else "cpu")
+    assert machine.pick_device().type == ("cuda" if count else "cpu")
     absent = {f"cuda:{count}": f"sees {count} CUDA devices", "tpu": "unknown", "meta": "not supported"}
     for name, message in absent.items():
         with pytest.raises(UserError, match=message):
-            parallel.pick_device(name)
+            machine.pick_device(name)
 
 
 def test_the_description_names_the_precision_that_is_used() -> None:
-    name = str(parallel.compute_dtype(CPU)).removeprefix("torch.")
-    assert name in parallel.describe(CPU)
-    assert "core" in parallel.describe(CPU)
+    name = str(machine.compute_dtype(CPU)).removeprefix("torch.")
+    assert name in machine.describe(CPU)
+    assert "core" in machine.describe(CPU)
 
 
 def test_the_matmul_rate_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that gives products of 4, 2 and 8 ms; one of 1,024 costs 2·1024³ operations."""
     ticks = iter([0.0, 0.004, 1.0, 1.002, 2.0, 2.008])
     ends = iter([0.0, 0.1, 0.2, 0.3, 0.5])
-    monkeypatch.setattr(parallel.time, "perf_counter", lambda: next(ticks))
-    monkeypatch.setattr(parallel.time, "monotonic", lambda: next(ends))
-    rate = parallel.matmul_rate(torch.float32, seconds=0.4, device=CPU)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(machine.time, "monotonic", lambda: next(ends))
+    rate = machine.matmul_rate(torch.float32, seconds=0.4, device=CPU)
     assert rate == pytest.approx(2 * 1024**3 / 0.002)
 
 
@@ -48,8 +48,8 @@ def touch(size: int) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux only")
 def test_the_peak_of_memory_is_that_since_the_reset() -> None:
     touch(64 << 20)
-    parallel.reset_peak_memory(CPU)
-    low = parallel.peak_memory(CPU)
+    machine.reset_peak_memory(CPU)
+    low = machine.peak_memory(CPU)
     touch(48 << 20)
-    rise = parallel.peak_memory(CPU) - low
+    rise = machine.peak_memory(CPU) - low
     assert 40 << 20 < rise < 60 << 20
