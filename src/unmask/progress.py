@@ -3,6 +3,7 @@
 Everything here goes to standard error, so that a command's result on standard output stays clean.
 """
 
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -21,17 +22,22 @@ _PLAIN_SECONDS = 15.0  # without a terminal: a line each 15 s, or each tenth of 
 _PLAIN_PAUSE = 1.0  # … not more than one a second
 
 
+def speaks() -> bool:
+    """Whether people hear of this process: of several that torchrun started, the first one."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+
+
 def console() -> Console:
     """The console for a command's results (standard output)."""
-    return Console(highlight=False)
+    return Console(highlight=False, quiet=not speaks())
 
 
 class Progress:
     """Bars and lines of one command. `quiet` shows neither."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self._console = Console(stderr=True, highlight=False, quiet=quiet)
+        self.quiet = quiet or not speaks()
+        self._console = Console(stderr=True, highlight=False, quiet=self.quiet)
 
     def line(self, text: str) -> None:
         """Print one line of plain text, above a bar if one is running."""

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from unmask.cli.options import Device
-from unmask.progress import Progress, console
+from unmask.progress import Progress, console, speaks
 
 
 def run(
@@ -40,7 +40,8 @@ def run(
         device=device,
         progress=Progress(quiet),
     )
-    console().print(closing(directory), soft_wrap=True)  # a command that is cut in two cannot be copied
+    if speaks():  # other processes are done before it is measured
+        console().print(closing(directory), soft_wrap=True)  # a command that is cut in two cannot be copied
 
 
 def plan(

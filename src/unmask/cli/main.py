@@ -10,6 +10,7 @@ import typer
 import unmask
 from unmask.cli import build, inspect, system, talk
 from unmask.errors import Interrupted, UserError
+from unmask.progress import speaks
 
 app = typer.Typer(
     name="unmask",
@@ -63,7 +64,8 @@ def main() -> None:
         print(f"unmask: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stopped:
-        print(f"unmask: {stopped}", file=sys.stderr)
+        if speaks():
+            print(f"unmask: {stopped}", file=sys.stderr)
         sys.exit(75)
     except KeyboardInterrupt:
         print("unmask: stopped", file=sys.stderr)

@@ -22,6 +22,7 @@ from unmask.stages.prepare import SCHEME, Prepared, prepare
 from unmask.text.sources import content_hash
 from unmask.training import loop, machine
 from unmask.training.cost import training_flops
+from unmask.training.parallel import Ranks
 
 ORDER = ("base", "sft", "reward", "gold", "rl")  # gold: the second scorer, which no layer is trained on
 SECTIONS = {"base": "pretrain", "sft": "sft", "reward": "reward", "gold": "reward", "rl": "rl"}
@@ -58,8 +59,10 @@ class Builder:
         device: torch.device,
         progress: Progress,
         anew: str | None = None,
+        ranks: Ranks = loop.ALONE,
     ) -> None:
         self.recipe, self.directory, self.device, self.progress = recipe, directory, device, progress
+        self.ranks = ranks
         self.later = ORDER[ORDER.index(anew) :] if anew else ()
         self._contents: dict[str, str] = {}
 
@@ -67,7 +70,7 @@ class Builder:
         return prepare(self.recipe, self.directory / "data", self.progress)
 
     def build(self, prepared: Prepared) -> Built:
-        place = Place(self.recipe, prepared, self.device, self.progress)
+        place = Place(self.recipe, prepared, self.device, self.progress, self.ranks)
         base = self._stage("base", "pretrain", None, lambda: jobs.pretraining(place), prepared)
         mask = self._stage("sft", "sft", base, lambda: jobs.imitation(place, base), prepared)
         judge = self._stage("reward", "reward", mask, lambda: jobs.preference(place, mask, "proxy"), prepared)
@@ -195,15 +198,15 @@ class Builder:
     ) -> Checkpoint:
         path, work = self.directory / name, self.directory / "work" / name
         if path.exists():
-            shutil.rmtree(
-                work / "snapshots", ignore_errors=True
-            )  # of a process that died right after it had saved
+            # What a process left that died right after it had saved.
+            shutil.rmtree(work / "snapshots", ignore_errors=True)
             return self._kept(path, parent, inputs or {}, prepared)
         started = time.monotonic()
         stage = job()
         setup = time.monotonic() - started
         rate = machine.matmul_rate(machine.compute_dtype(self.device), device=self.device)
-        self.begin(name)
+        if self.ranks.leader:
+            self.begin(name)
         outcome = loop.train(
             stage.model,
             stage.objective,
@@ -213,33 +216,37 @@ class Builder:
             self.progress,
             f"{name:<7}{kind:<9}",
             stage.shown,
+            self.ranks,
         )
-        model, metrics = stage.finish(outcome)
-        checkpoint = write_checkpoint(
-            path,
-            model=model.float(),
-            tokenizer=prepared.tokenizer,
-            name=name,
-            kind=kind,
-            parent=parent,
-            inputs=inputs,
-            data=stage.data,
-            recipe=self._decides(name),
-            seed=self.recipe.seed,
-            steps=outcome.steps,
-            tokens=outcome.tokens,
-            flops=training_flops(stage.model, outcome.tokens, self.recipe.context),
-            seconds=setup + outcome.seconds,
-            peak_bytes=outcome.peak_bytes,
-            metrics={
-                **metrics,
-                "skipped_steps": outcome.skipped_steps,
-                "left_out": stage.left_out,
-                RATE: rate,
-            },
-        )
-        shutil.rmtree(work / "snapshots")  # the checkpoint holds what they were for
-        return checkpoint
+        with self.ranks.leader_first():
+            if self.ranks.leader:
+                model, metrics = stage.finish(outcome)
+                write_checkpoint(
+                    path,
+                    model=model.float(),
+                    tokenizer=prepared.tokenizer,
+                    name=name,
+                    kind=kind,
+                    parent=parent,
+                    inputs=inputs,
+                    data=stage.data,
+                    recipe=self._decides(name),
+                    seed=self.recipe.seed,
+                    steps=outcome.steps,
+                    tokens=outcome.tokens,
+                    flops=training_flops(stage.model, outcome.tokens, self.recipe.context),
+                    seconds=setup + outcome.seconds,
+                    peak_bytes=outcome.peak_bytes,
+                    metrics={
+                        **metrics,
+                        "skipped_steps": outcome.skipped_steps,
+                        "left_out": stage.left_out,
+                        "ranks": self.ranks.size,
+                        RATE: rate,
+                    },
+                )
+                shutil.rmtree(work / "snapshots")  # the checkpoint holds what they were for
+        return Checkpoint.open(path)
 
     def _kept(
         self, path: Path, parent: Checkpoint | None, inputs: Mapping[str, Checkpoint], prepared: Prepared

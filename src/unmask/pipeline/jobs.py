@@ -21,6 +21,7 @@ from unmask.text.chat import Chat, render
 from unmask.training import loop, machine
 from unmask.training.loop import Objective, Outcome
 from unmask.training.optimizer import Optimizer, OptimizerSettings
+from unmask.training.parallel import Ranks
 
 CENTRED_ON = 256  # answers of the SFT model, whose mean score becomes the reward's zero
 
@@ -33,6 +34,11 @@ class Place:
     prepared: Prepared
     device: torch.device
     progress: Progress
+    ranks: Ranks = loop.ALONE
+
+    def micro_tokens(self, section: Training | RlSection, batch_tokens: int) -> int:
+        """As the recipe says, or less, so that every rank has a part of each batch."""
+        return max(1, min(section.micro_tokens, batch_tokens // self.ranks.size))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,7 +90,7 @@ def pretraining(place: Place) -> Job:
         length=recipe.context,
         tokens=given(section.tokens),
         batch_tokens=section.batch_tokens,
-        micro_tokens=section.micro_tokens,
+        micro_tokens=place.micro_tokens(section, section.batch_tokens),
         end_of_text=tokenizer.end_of_text,
         cross_documents=section.cross_documents,
         settings=optimizer_settings(section),
@@ -115,7 +121,7 @@ def imitation(place: Place, parent: Checkpoint) -> Job:
         length=recipe.context,
         tokens=given(section.tokens),
         batch_tokens=section.batch_tokens,
-        micro_tokens=section.micro_tokens,
+        micro_tokens=place.micro_tokens(section, section.batch_tokens),
         pad=tokenizer.pad,
         settings=optimizer_settings(section),
         dtype=place.dtype,
@@ -142,7 +148,7 @@ def preference(place: Place, parent: Checkpoint, half: examples.Half) -> Job:
         rankings,
         tokens=given(section.tokens),
         batch_tokens=section.batch_tokens,
-        micro_tokens=section.micro_tokens,
+        micro_tokens=place.micro_tokens(section, section.batch_tokens),
         settings=optimizer_settings(section),
         dtype=place.dtype,
         seed=recipe.seed,
@@ -220,7 +226,10 @@ def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint, gold: Che
         place.decoder(parent),
         place.scorer(judge),
         sources,
-        ppo_settings(section),
+        replace(
+            ppo_settings(section),
+            micro_tokens=place.micro_tokens(section, section.answers * room // section.minibatches),
+        ),
         stop_ids=[tokenizer.turn_end],  # the only end that the reward model has seen
         lr=given(section.lr),
         critic_lr=given(section.critic_lr),

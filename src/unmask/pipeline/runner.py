@@ -1,5 +1,6 @@
 """`unmask run`, from the first line to the last: keep the recipe, build what is missing, measure, write the page."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from unmask.errors import UserError, nearest
@@ -10,7 +11,9 @@ from unmask.pipeline.plan import plan
 from unmask.progress import Progress
 from unmask.recipe import STAGES, Recipe, dumps
 from unmask.report.page import write_report
-from unmask.training import machine
+from unmask.stages.prepare import Prepared
+from unmask.training import machine, parallel
+from unmask.training.parallel import Ranks
 
 
 def run(
@@ -28,7 +31,19 @@ def run(
     names a stage to begin anew from; for what is missing or unusable, before anything is trained; Interrupted when
     a signal stopped a stage after it was saved.
     """
-    progress = progress or Progress()
+    with parallel.joined(device) as (ranks, device):
+        return _run(recipe, output, restart_from, device, progress or Progress(), ranks)
+
+
+def _run(
+    recipe: Recipe,
+    output: Path | None,
+    restart_from: str | None,
+    device: str | None,
+    progress: Progress,
+    ranks: Ranks,
+) -> Path:
+    """All ranks train; what else there is to do the leader does alone."""
     if restart_from is not None and restart_from not in STAGES:
         raise UserError(
             f"--from {restart_from}: there is no such stage.{nearest(restart_from, STAGES)}"
@@ -37,19 +52,16 @@ def run(
     check.check_extras()
     directory = Path("runs") / recipe.name if output is None else output
     machine.keep_large_blocks()
-    with lock(directory):
-        for place in (directory, directory / "data"):
-            sweep_temporaries(place)
-        builder = Builder(recipe, directory, machine.pick_device(device), progress, restart_from)
-        builder.refuse_another_recipe()
-        progress.line(show.opening(recipe, builder.device, plan(builder)))
-
-        prepared = builder.prepare()
-        if builder.missing():
-            check.check(recipe, prepared)
-        builder.set_aside()  # only now: a run that is refused stays as it was
-        write_atomic(directory / "recipe.toml", dumps(recipe))
+    with lock(directory) if ranks.leader else nullcontext():
+        builder = Builder(recipe, directory, machine.pick_device(device), progress, restart_from, ranks)
+        with ranks.leader_first():
+            if ranks.leader:
+                prepared = _begin(builder)
+            else:
+                prepared = builder.prepare()
         built = builder.build(prepared)
+        if not ranks.leader:
+            return directory
 
         if measure.stands(directory, recipe, built):
             progress.line(
@@ -60,3 +72,18 @@ def run(
             measure.write(directory, recipe, prepared, built, measured, builder.device)
         write_report(directory)
     return directory
+
+
+def _begin(builder: Builder) -> Prepared:
+    """Refuse what cannot be built, say what it will take, make the text, and set aside what is built anew."""
+    recipe, directory = builder.recipe, builder.directory
+    for place in (directory, directory / "data"):
+        sweep_temporaries(place)
+    builder.refuse_another_recipe()
+    builder.progress.line(show.opening(recipe, builder.device, plan(builder)))
+    prepared = builder.prepare()
+    if builder.missing():
+        check.check(recipe, prepared)
+    builder.set_aside()  # only now: a run that is refused stays as it was
+    write_atomic(directory / "recipe.toml", dumps(recipe))
+    return prepared

@@ -143,7 +143,7 @@ class PPO:
             {
                 "prompts": prompts.fingerprint,
                 "text": text.fingerprint if text else None,
-                "settings": asdict(settings),
+                "settings": {key: value for key, value in asdict(settings).items() if key != "micro_tokens"},
                 "reward_offset": model.critic.config.reward_offset,
                 "stop_ids": list(stop_ids),
                 "seed": seed,

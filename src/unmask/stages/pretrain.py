@@ -66,7 +66,6 @@ class Pretraining:
                 "sources": [[source.name, source.shards.fingerprint, source.share] for source in sources],
                 "length": length,
                 "batch_rows": batch_rows,
-                "micro_rows": micro_rows,
                 "seed": seed,
                 "cross_documents": cross_documents,
             }

@@ -108,7 +108,6 @@ class Preference:
                 "texts": fingerprint(text for ranking in rankings for text in ranking.texts),
                 "better": hash_json([ranking.better for ranking in rankings]),
                 "batch_rankings": batch_rankings,
-                "micro_tokens": micro_tokens,
                 "seed": seed,
             }
         )

@@ -90,7 +90,6 @@ class Imitation:
             {
                 "sources": held,
                 "batch_rows": batch_rows,
-                "micro_rows": micro_rows,
                 "seed": seed,
             }
         )

@@ -4,6 +4,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +17,12 @@ from unmask.files import append_lines, lock, read_json_lines
 from unmask.progress import Progress
 from unmask.training.machine import keep_large_blocks, peak_memory, reset_peak_memory
 from unmask.training.optimizer import Optimizer
+from unmask.training.parallel import Ranks
 from unmask.training.resume import Place, State
 from unmask.training.schedule import lr_scale
 from unmask.training.signals import stop_on_signal
 
+ALONE = Ranks()
 _HOPELESS = 10  # steps in a row without a finite loss and gradient, after which nothing mends itself
 
 
@@ -102,10 +105,12 @@ def train(
     progress: Progress,
     title: str,
     shown: Sequence[str] = (),
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Train to the end, from the newest snapshot in `directory` if any; leave the masters in the model.
 
-    `shown` are the objective's metrics that stand beside the progress bar; all of them go to metrics.jsonl.
+    `shown` are the objective's metrics that stand beside the progress bar; all of them go to metrics.jsonl. Of several
+    `ranks` each is called with the same arguments; the leader alone writes and shows.
 
     On SIGINT or SIGTERM the loop goes on to the next step where it may pause, saves, and raises Interrupted;
     the same call then goes on from there, and ends as if it had never stopped, bit for bit on a CPU. A step
@@ -119,9 +124,10 @@ def train(
     device = next(iter(optimizer.masters.values())).device
     total_tokens = objective.steps * objective.tokens_per_step
 
-    with lock(directory), stop_on_signal() as stop:
+    with lock(directory) if ranks.leader else nullcontext(), stop_on_signal() as stop:
         place = Place(directory, optimizer, _rules(objective, optimizer, settings))
-        state = place.enter(settings.seed, progress.line)
+        with ranks.leader_first():
+            state = place.enter(settings.seed, ranks.size, progress.line)
         began, saved = time.monotonic() - state.seconds, time.monotonic()
         reset_peak_memory(device)
         model.train()
@@ -131,7 +137,7 @@ def train(
                 scale = lr_scale(
                     middle, total_tokens, settings.warmup_tokens, settings.decay_tokens, settings.lr_floor
                 )
-                result = train_step(objective, optimizer, state.step, scale, settings.clip)
+                result = train_step(objective, optimizer, state.step, scale, settings.clip, ranks)
 
                 state.step += 1
                 state.tokens += result.tokens
@@ -139,17 +145,21 @@ def train(
                 state.skipped_in_a_row = 0 if result.finite else state.skipped_in_a_row + 1
                 state.seconds = time.monotonic() - began
                 state.peak_bytes = max(state.peak_bytes, peak_memory(device))
-                append_lines(place.metrics, [_metrics_line(state, result, scale)])
+                if ranks.leader:
+                    append_lines(place.metrics, [_metrics_line(state, result, scale)])
                 bar.total = state.tokens + (objective.steps - state.step) * objective.tokens_per_step
                 bar.advance(result.tokens, loss=result.loss, **{name: result.metrics[name] for name in shown})
                 if state.skipped_in_a_row == _HOPELESS:
                     raise UserError(_why_hopeless(title, state, result))
 
-                due = stop.is_set() or time.monotonic() - saved >= settings.snapshot_seconds
-                if state.step == objective.steps or (due and state.step % objective.pause_every == 0):
-                    place.save(state)
+                may_pause = state.step % objective.pause_every == 0
+                stopping = may_pause and ranks.any(stop.is_set())
+                due = stopping or time.monotonic() - saved >= settings.snapshot_seconds
+                if state.step == objective.steps or (due and may_pause):
+                    if ranks.leader:
+                        place.save(state)
                     saved = time.monotonic()
-                    if stop.is_set():
+                    if stopping:
                         raise Interrupted(
                             f"{title}: stopped after step {state.step} of {objective.steps}, saved in "
                             f"{directory}. The same command goes on from there."
@@ -167,27 +177,28 @@ def train(
 
 
 def train_step(
-    objective: Objective, optimizer: Optimizer, step: int, scale: float, clip: float
+    objective: Objective, optimizer: Optimizer, step: int, scale: float, clip: float, ranks: Ranks = ALONE
 ) -> StepResult:
-    """One optimizer step over all its micro-batches, as if they were one batch."""
+    """One optimizer step over all its micro-batches, on all ranks, as if they were one batch."""
     batches = objective.micro_batches(step)
 
     # Count first, over the whole step: a mean of the micro-batches' means would weigh their tokens unequally.
-    # With several ranks the counts are all-reduced here; loss, metrics and the finite flag below.
     totals: Counter[str] = Counter()
     for batch in batches:
         totals.update(objective.counts(batch))
 
     optimizer.zero_grad()
     sums: dict[str, Tensor | float] = {}
-    for batch in batches:
+    for batch in ranks.share(batches):
         loss, metrics = objective.loss(batch, dict(totals))
         torch.autograd.backward(loss)
         for name, share in {"loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + (share.detach() if isinstance(share, Tensor) else share)
 
+    ranks.add_gradients(optimizer.masters)
     grad_norm = optimizer.clip(clip)
     numbers = {name: float(total) for name, total in sums.items()}  # waits for the device, once a step
+    numbers = ranks.add_numbers(numbers)
     result = StepResult(numbers.pop("loss"), grad_norm, sum(map(objective.tokens, batches)), numbers)
     if result.finite:
         optimizer.step(scale)

@@ -43,8 +43,9 @@ class Place:
         self._optimizer = optimizer
         self._identity = {**rules, "initial weights": _hash_weights(optimizer)}
 
-    def enter(self, seed: int, say: Callable[[str], None]) -> State:
+    def enter(self, seed: int, ranks: int, say: Callable[[str], None]) -> State:
         """Set optimizer, random generators and metrics to where the newest snapshot left them, or to zero."""
+        self._ranks = ranks
         sweep_temporaries(self._snapshots)
         found = snapshot.latest(self._snapshots, say)
         if found is None:
@@ -59,6 +60,11 @@ class Place:
         snapshot.restore_random_states(found.meta["random"], say)
         self._cut_metrics(found.meta["metrics_bytes"], say)
         say(f"resuming after step {state.step}")
+        if (then := found.meta["ranks"]) != ranks:
+            say(
+                f"it was saved by {then} process{'es' if then > 1 else ''} and goes on with {ranks}: from here on the "
+                "same up to the rounding of sums"
+            )
         return state
 
     def save(self, state: State) -> None:
@@ -67,6 +73,7 @@ class Place:
             "identity": self._identity,
             "state": asdict(state),
             "random": snapshot.random_states(),
+            "ranks": self._ranks,
             "metrics_bytes": self.metrics.stat().st_size,
         }
         snapshot.save(self._snapshots, state.step, self._optimizer.tensors(), meta)

@@ -1,0 +1,5 @@
+"""`python -m unmask`: what torchrun starts."""
+
+from unmask.cli.main import main
+
+main()

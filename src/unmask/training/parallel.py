@@ -1,0 +1,147 @@
+"""The processes that train one model together, which torchrun starts: who they are, what each does, what they add up.
+
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 2 -m unmask run tiny
+
+Every rank holds the whole model and goes through the same steps. A step's micro-batches are dealt out, and since they
+are a pure function of the step every rank knows what all of them count. Gradients are added up once a step, in float32,
+after the last micro-batch; then all ranks take the same step, and stay equal bit for bit. Files are the leader's.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import Store, _get_default_store
+
+from unmask.errors import UserError
+
+T = TypeVar("T")
+TIMEOUT = timedelta(
+    minutes=5
+)  # of a sum; torch's own 30 minutes would keep a cluster waiting for a rank that hangs
+PATIENCE = timedelta(days=7)  # with the leader, while it prepares text
+_BUCKET = 2**24  # numbers that are sent at once
+
+
+class Ranks:
+    """One process among `size`. Alone (size 1) it sends nothing."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+        self._turns = 0
+
+    @property
+    def leader(self) -> bool:
+        return self.rank == 0
+
+    def share(self, batches: Sequence[T]) -> Sequence[T]:
+        """The micro-batches of a step that are this rank's; none, where there are fewer than ranks."""
+        return batches[self.rank :: self.size]
+
+    def add_gradients(self, parameters: Mapping[str, Tensor]) -> None:
+        """Every `grad` becomes the sum of all ranks' own. One that no rank has stays None."""
+        if self.size == 1:
+            return
+        tensors = list(parameters.values())
+        device = tensors[0].device
+        there = torch.tensor([t.grad is not None for t in tensors], dtype=torch.int32, device=device)
+        with self._together():
+            dist.all_reduce(there, dist.ReduceOp.MAX)
+        wanted = [t for t, some in zip(tensors, there.tolist(), strict=True) if some]
+        for tensor in wanted:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+        for bucket in _buckets(wanted):
+            grads = [t.grad for t in bucket if t.grad is not None]
+            flat = torch.cat([grad.reshape(-1) for grad in grads])
+            with self._together():
+                dist.all_reduce(flat)
+            for grad, summed in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
+                grad.copy_(summed.view_as(grad))
+
+    def add_numbers(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Sums by name over all ranks, in their order; a rank may lack a name."""
+        if self.size == 1:
+            return dict(numbers)
+        everyone: list[dict[str, float]] = [{} for _ in range(self.size)]
+        with self._together():
+            dist.all_gather_object(everyone, dict(numbers))
+        sums: dict[str, float] = {}
+        for each in everyone:
+            for name, number in each.items():
+                sums[name] = sums.get(name, 0.0) + number
+        return sums
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is so on any rank."""
+        return self.add_numbers({"": float(mine)})[""] > 0
+
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """What is inside is done by the leader, then by the others, who find what it wrote; then all go on."""
+        if self.size == 1:
+            yield
+            return
+        store, self._turns = _get_default_store(), self._turns + 1
+        turn = f"unmask/turn {self._turns}"
+        if not self.leader:
+            self._wait(store, turn)
+        yield
+        if self.leader:
+            store.set(turn, "done")
+        store.set(f"{turn} by {self.rank}", "done")
+        for rank in range(self.size):
+            self._wait(store, f"{turn} by {rank}")
+
+    def _wait(self, store: Store, key: str) -> None:
+        with self._together():
+            store.wait([key], PATIENCE)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # a connection that closed, or TIMEOUT
+            words = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0]).split(". ")[
+                0
+            ]  # its first says where in gloo
+            raise UserError(
+                f"rank {self.rank} has lost another one ({words}). torchrun says which rank failed first. "
+                "Start the same command again: it goes on from the last snapshot."
+            ) from None
+
+
+@contextmanager
+def joined(device: str | None = None) -> Iterator[tuple[Ranks, str | None]]:
+    """This process among those that torchrun started, or alone; and its device, on a machine with several GPUs."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield Ranks(), device
+        return
+    if device is None and torch.cuda.is_available():
+        device = "cuda"
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device and device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size()), device
+    finally:
+        dist.destroy_process_group()
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """In their order, each of at most _BUCKET numbers or of one tensor."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > _BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
