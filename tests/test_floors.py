@@ -20,7 +20,7 @@ FLOORS = {
     "probes": 4,
     "report": 5, "serving": 5,
     "pipeline": 6,
-    "cli": 7, "__init__": 7,
+    "cli": 7, "__init__": 7, "__main__": 8,
 }  # fmt: skip
 
 
