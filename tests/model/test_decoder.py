@@ -205,3 +205,41 @@ def test_a_model_in_float64_computes_in_float64() -> None:
         single, double = model(ids), model.double()(ids)
     assert double.dtype is torch.float64
     torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4)
+
+
+class Kept:
+    """Bytes that are kept for backward while it is open."""
+
+    def __enter__(self) -> "Kept":
+        self.bytes = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            self.bytes += tensor.nbytes
+            return tensor
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.hooks.__exit__(*error)
+
+
+@each_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_recomputed_layers_give_the_same_gradients_bit_for_bit_and_keep_a_third_at_most(
+    config: ModelConfig, dtype: torch.dtype
+) -> None:
+    model, ids = decoder(config).to(dtype), token_ids(3, 20)
+    found, kept = [], []
+    for recompute in (False, True):
+        model.model.recompute = recompute
+        model.zero_grad()
+        with Kept() as keeping:
+            hidden = model.hidden(ids, at_N=torch.tensor([3, 40]))
+        hidden.float().square().sum().backward()
+        found.append([hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        kept.append(keeping.bytes)
+    for whole, again in zip(*found, strict=True):
+        assert torch.equal(whole, again)
+    assert kept[1] < kept[0] / 3

@@ -10,7 +10,16 @@ from shrunken import shrunk, unmask
 
 
 def test_two_processes_build_a_run_whose_chain_holds(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "unmask"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "unmask",
+    ]
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
     command = [*launch, *map(str, shrunk(tmp_path / "run"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)

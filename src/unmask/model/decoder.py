@@ -5,10 +5,12 @@ and theirs here. Norms and rotations are in float32; the residual stream has the
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from unmask.model.attention import attention, cached_mask, packed_mask
 from unmask.model.cache import Cache
@@ -179,6 +181,9 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.frequencies: Tensor | None = None
+        self.recompute = (
+            False  # activation checkpointing: layers keep their input alone, and run again in backward
+        )
 
     def forward(
         self,
@@ -200,10 +205,19 @@ class Trunk(nn.Module):
         x = self.embed_tokens(ids_BT)
         *below, top = self.layers
         for block in below:
-            x = block(x, where)
-        x = top(x, where, at_N)
+            x = self._through(block, x, where)
+        x = self._through(top, x, where, at_N)
         normed: Tensor = self.norm(x)
         return normed
+
+    def _through(self, block: nn.Module, x: Tensor, *more: Any) -> Tensor:
+        y: Tensor
+        if self.recompute and torch.is_grad_enabled():
+            # Nothing here draws a random number, so there is no generator's state to keep.
+            y = checkpoint(block, x, *more, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = block(x, *more)
+        return y
 
 
 class Decoder(nn.Module):

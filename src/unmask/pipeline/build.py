@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from unmask.errors import UserError
 from unmask.files import write_atomic
 from unmask.lineage import Checkpoint, write_checkpoint
+from unmask.model.decoder import Trunk
 from unmask.pipeline import jobs
 from unmask.pipeline.jobs import Job, Place
 from unmask.progress import Progress
@@ -203,6 +204,8 @@ class Builder:
             return self._kept(path, parent, inputs or {}, prepared)
         started = time.monotonic()
         stage = job()
+        for trunk in (module for module in stage.model.modules() if isinstance(module, Trunk)):
+            trunk.recompute = getattr(self.recipe, SECTIONS[name]).recompute
         setup = time.monotonic() - started
         rate = machine.matmul_rate(machine.compute_dtype(self.device), device=self.device)
         if self.ranks.leader:

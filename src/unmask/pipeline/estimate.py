@@ -72,12 +72,20 @@ def estimate(recipe: Recipe, dtype: torch.dtype) -> list[Cost]:
                 micro_tokens=min(section.micro_tokens, section.batch_tokens),
                 length=recipe.context,
                 muon=bool(section.matrix_lr),
+                recompute=section.recompute,
             ),
         )
 
     read = rules.rollouts * rl.answers * (rl.prompt_tokens + rl.answer_tokens) * rl.epochs
     learned = [
-        training_bytes(config, dtype, micro_tokens=rl.micro_tokens, length=recipe.context, muon=False)
+        training_bytes(
+            config,
+            dtype,
+            micro_tokens=rl.micro_tokens,
+            length=recipe.context,
+            muon=False,
+            recompute=rl.recompute,
+        )
         for config in (decoder, scorer)
     ]
     frozen = parameters(decoder) + (2 if recipe.reward.gold else 1) * parameters(scorer)

@@ -93,6 +93,9 @@ class Training(Section):
     lr_floor: float = Field(default=0.0, ge=0, le=1)
     clip: float = Field(default=1.0, gt=0)
     snapshot_seconds: float = Field(default=120.0, gt=0)
+    recompute: bool = Field(
+        default=False, strict=True
+    )  # what layers need for backward, in place of keeping it
 
 
 class PretrainSection(Training):
@@ -152,6 +155,7 @@ class RlSection(Section):
     truncation_penalty: float = Field(default=2.0, ge=0)  # for an answer that does not stop; unit of `kl`
     sources: tuple[Source, ...] = Field(min_length=1)
     snapshot_seconds: float = Field(default=120.0, gt=0)
+    recompute: bool = Field(default=False, strict=True)
 
 
 class MeasureSection(Section):

@@ -41,7 +41,13 @@ def parameters(config: ModelConfig) -> int:
 
 
 def training_bytes(
-    config: ModelConfig, dtype: torch.dtype, *, micro_tokens: int, length: int, muon: bool
+    config: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    micro_tokens: int,
+    length: int,
+    muon: bool,
+    recompute: bool = False,
 ) -> int:
     """The most that a training step holds, the process itself aside.
 
@@ -49,7 +55,8 @@ def training_bytes(
     copy where the dtype is narrower. Each token of a micro-batch: what layers keep for backward, which is 4 vectors of
     the width, 7 of the heads, 3 of the hidden layer, and each head's probabilities where attention keeps them. And a
     chunk of logits, which become their slope in place. Without compiled kernels: one more vector of the hidden layer,
-    no probabilities, and float32 copies of the logits.
+    no probabilities, and float32 copies of the logits. With `recompute` layers keep one vector of the width each, and
+    one layer at a time all of it.
     """
     size = dtype.itemsize
     weights, matrices = parameters(config), matrix_weights(config)
@@ -63,6 +70,7 @@ def training_bytes(
     )
     if compiled and dtype is torch.bfloat16 and length**2 <= SCORES_TO_KEEP:
         kept += config.num_attention_heads * length
-    read = micro_tokens * config.num_hidden_layers * kept * size
+    layers = config.num_hidden_layers
+    read = micro_tokens * size * (layers * config.hidden_size + kept if recompute else layers * kept)
     chunk = min(1024 * config.vocab_size, LOGITS_AT_ONCE) * (size if compiled else 2 * size + 4)
     return held + read + (0 if config.is_scorer else chunk)
