@@ -1,6 +1,7 @@
 """Shards give back what was put in, whole or not at all, and notice when they are hurt."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,49 @@ def test_nothing_is_left_of_a_build_that_fails(tmp_path: Path) -> None:
     build(tmp_path / "x", ["a"], tokenizer())
     with pytest.raises(UserError, match="exists"):
         build(tmp_path / "x", ["a"], tokenizer())
+
+
+@pytest.mark.parametrize("torn", [b"", b"xyz"], ids=["whole", "torn"])
+def test_a_build_that_was_cut_short_goes_on_and_ends_as_if_it_had_not(
+    torn: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unmask.text.shards._AT_ONCE", 300)
+    monkeypatch.setattr("unmask.text.shards._NOTE_SECONDS", 0.0)
+    texts = [*sentences(60), "", *sentences(40)]
+
+    def killed() -> Iterator[str]:
+        yield from texts[:70]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "x", killed(), tokenizer())
+    for name in ("tokens.bin", "documents.bin"):  # written after the last note, in part
+        with (tmp_path / "x.partial" / name).open("ab") as file:
+            file.write(torn)
+    encoded: list[str] = []
+    plainly = Tokenizer.encode_batch
+    monkeypatch.setattr(
+        Tokenizer, "encode_batch", lambda self, batch: encoded.extend(batch) or plainly(self, batch)
+    )
+    again = build(tmp_path / "x", texts, tokenizer())
+    assert len(encoded) < 60  # some 60 of 101 were there
+    assert again.fingerprint == build(tmp_path / "y", texts, tokenizer()).fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [
+        "documents.bin", "index.json", "tokens.bin",
+    ]  # fmt: skip
+
+
+def test_what_another_tokenizer_had_encoded_is_not_taken_up(tmp_path: Path) -> None:
+    whole = build(tmp_path / "y", sentences(20), tokenizer())
+    partial = tmp_path / "x.partial"
+    partial.mkdir()
+    for name in ("tokens.bin", "documents.bin"):
+        (partial / name).write_bytes(b"0123456789abcdef")
+    (partial / "progress.json").write_text(
+        '{"tokenizer": "another", "read": 1, "empty": 0, "documents": 1, "tokens": 8, "bytes": 5}'
+    )
+    assert build(tmp_path / "x", sentences(20), tokenizer()).fingerprint == whole.fingerprint
 
 
 def flip(path: Path, place: int) -> None:

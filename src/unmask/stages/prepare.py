@@ -8,6 +8,7 @@ overwrite it and equal ones find it.
 import hashlib
 import heapq
 import json
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from unmask.errors import UserError
-from unmask.files import atomic_directory, hash_json
+from unmask.files import atomic_directory, explained, hash_json, sweep_temporaries, sync, write_atomic
 from unmask.progress import Progress
 from unmask.recipe import Recipe, Source
 from unmask.stages import examples, pretrain
@@ -61,7 +62,7 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, directory: Path, progress: Progress) -> Prepared:
-    """Make, or find made, everything that the text of `recipe` gives.
+    """Make, or find made, everything that the text of `recipe` gives. What a killed process had made is taken up.
 
     Raises UserError for a source that is missing, empty or broken, or whose package is not installed.
     """
@@ -69,10 +70,17 @@ def prepare(recipe: Recipe, directory: Path, progress: Progress) -> Prepared:
     place = directory / hash_json(decided)[:16]
     if not place.exists():
         started = time.monotonic()
-        with atomic_directory(place) as temporary:
-            _make(recipe, temporary, progress)
+        partial = directory / f"{place.name}.partial"
+        with explained(place):
+            for other in {*directory.glob("*.partial")} - {partial}:  # of text that is not wanted any more
+                shutil.rmtree(other)
+            partial.mkdir(parents=True, exist_ok=True)
+            sweep_temporaries(partial)
+            _make(recipe, partial, progress)
             done = {"seconds": time.monotonic() - started, "decided by": decided}
-            (temporary / "prepared.json").write_text(json.dumps(done, indent=2) + "\n", "utf-8")
+            write_atomic(partial / "prepared.json", json.dumps(done, indent=2) + "\n")
+            partial.rename(place)
+            sync(directory)
     try:
         seconds = float(json.loads((place / "prepared.json").read_bytes())["seconds"])
         return Prepared(place, _read_facts(place / "facts.json"), seconds)
@@ -118,9 +126,11 @@ def plant(recipe: Recipe) -> list[Fact]:
 def _make(recipe: Recipe, directory: Path, progress: Progress) -> None:
     facts = plant(recipe)
     (directory / "facts.json").write_text(json.dumps([vars(fact) for fact in facts]) + "\n", "utf-8")
-    progress.line("preparing  tokenizer")
-    tokenizer = Tokenizer.train(_sample(recipe, facts), recipe.tokenizer.vocabulary)
-    tokenizer.save(directory / "tokenizer")
+    if not (directory / "tokenizer").exists():
+        progress.line("preparing  tokenizer")
+        with atomic_directory(directory / "tokenizer") as temporary:
+            Tokenizer.train(_sample(recipe, facts), recipe.tokenizer.vocabulary).save(temporary)
+    tokenizer = Tokenizer.load(directory / "tokenizer")
 
     question_share = recipe.facts.question_share if recipe.facts else 0.0
     with (directory / "heldout.jsonl").open("w", encoding="utf-8") as heldout:
@@ -139,7 +149,9 @@ def _make(recipe: Recipe, directory: Path, progress: Progress) -> None:
                 for text in sample(documents(source, recipe, held=True), HELDOUT_BYTES):
                     row = json.dumps({"source": source.name, "text": text}, ensure_ascii=False)
                     heldout.write(row + "\n")
-            built = build(directory / "shards" / source.name, texts, tokenizer)
+            if (shards := directory / "shards" / source.name).exists():
+                continue
+            built = build(shards, texts, tokenizer)
             for reason, count in dropped.items():
                 progress.line(f"preparing  {source.name}: left out {count:,} of reason: {reason}")
             if not built.tokens:

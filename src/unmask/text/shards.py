@@ -7,7 +7,12 @@ with the end-of-text token.
 """
 
 import json
+import os
+import shutil
+import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unmask.errors import UserError
-from unmask.files import atomic_directory, hash_json, sha256_file
+from unmask.files import explained, hash_json, sha256_file, sync, write_atomic
 from unmask.text.tokenizer import Tokenizer
 
 _FORMAT = 1
 _AT_ONCE = 4_000_000  # characters that are encoded together
+_NOTE_SECONDS = 10.0  # of encoding, which a kill can cost
+_PROGRESS = "progress.json"
 
 
 class Shards:
@@ -86,41 +93,101 @@ class Shards:
         return self._ids[i * length : (i + 1) * length + 1].astype(np.int64)
 
 
-def build(directory: Path, documents: Iterable[str], tokenizer: Tokenizer) -> Shards:
-    """Encode documents into a new directory, whole or not at all. Those without text are left out and
-    counted.
+@dataclass
+class _Counted:
+    """How far a build has come: documents read, and of those with text how many, their tokens and bytes."""
 
-    UserError if the directory exists already or no document has text.
+    read: int = 0
+    empty: int = 0
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+
+
+def build(directory: Path, documents: Iterable[str], tokenizer: Tokenizer) -> Shards:
+    """Encode documents into a new directory, whole or not at all. Those without text are left out and counted.
+
+    What a killed process had encoded lies in `directory`.partial and is taken up, if the tokenizer is the same; the
+    documents have to be the same too, which the caller knows. UserError if the directory exists already, if no
+    document has text, or if the system refuses to write.
     """
-    dtype = "<u2" if tokenizer.vocabulary <= 2**16 else "<u4"
-    table: list[tuple[int, int]] = []
-    tokens = empty = 0
-    with atomic_directory(directory) as temporary:
-        with (temporary / "tokens.bin").open("wb") as file:
-            for texts in _together(documents):
-                for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                    if not ids:
-                        empty += 1
-                        continue
-                    table.append((tokens, len(text.encode("utf-8", "replace"))))
-                    file.write(np.array([tokenizer.end_of_text, *ids], dtype=dtype).tobytes())
-                    tokens += 1 + len(ids)
-        if not table:
-            raise UserError(f"there is no text for {directory}: all {empty} documents are empty.")
-        np.array(table, dtype="<u8").tofile(temporary / "documents.bin")
+    partial = directory.with_name(f"{directory.name}.partial")
+    with explained(directory):
+        if directory.exists():
+            raise UserError(f"{directory} exists already. Remove it, or choose another name.")
+        counted = _encode(partial, documents, tokenizer)
+        if not counted.documents:
+            shutil.rmtree(partial)
+            raise UserError(f"there is no text for {directory}: all {counted.empty} documents are empty.")
         index = {
             "format": _FORMAT,
-            "dtype": dtype,
-            "tokens": tokens,
-            "documents": len(table),
-            "bytes": sum(size for _, size in table),
-            "empty": empty,
+            "dtype": _dtype(tokenizer),
+            "tokens": counted.tokens,
+            "documents": counted.documents,
+            "bytes": counted.bytes,
+            "empty": counted.empty,
             "tokenizer": tokenizer.hash,
-            "sha256": {name: sha256_file(temporary / name) for name in ("tokens.bin", "documents.bin")},
+            "sha256": {name: sha256_file(partial / name) for name in ("tokens.bin", "documents.bin")},
         }
         index["fingerprint"] = hash_json(index)
-        (temporary / "index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        write_atomic(partial / "index.json", json.dumps(index, indent=2) + "\n")
+        (partial / _PROGRESS).unlink()
+        partial.rename(directory)
+        sync(directory.parent)
     return Shards.open(directory)
+
+
+def _encode(partial: Path, documents: Iterable[str], tokenizer: Tokenizer) -> _Counted:
+    """Append what is not there yet to the files in `partial`, and note every few seconds what surely is."""
+    partial.mkdir(parents=True, exist_ok=True)
+    counted = _noted(partial, tokenizer)
+    dtype = _dtype(tokenizer)
+    noted = time.monotonic()
+    with (
+        (partial / "tokens.bin").open("ab") as ids_file,
+        (partial / "documents.bin").open("ab") as table_file,
+    ):
+        ids_file.truncate(counted.tokens * np.dtype(dtype).itemsize)
+        table_file.truncate(counted.documents * 16)
+
+        def note() -> None:
+            for file in (ids_file, table_file):
+                file.flush()
+                os.fsync(file.fileno())
+            write_atomic(partial / _PROGRESS, json.dumps({"tokenizer": tokenizer.hash, **asdict(counted)}))
+
+        for texts in _together(islice(documents, counted.read, None)):
+            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+                counted.read += 1
+                if not ids:
+                    counted.empty += 1
+                    continue
+                size = len(text.encode("utf-8", "replace"))
+                table_file.write(np.array([counted.tokens, size], dtype="<u8").tobytes())
+                ids_file.write(np.array([tokenizer.end_of_text, *ids], dtype=dtype).tobytes())
+                counted.documents += 1
+                counted.tokens += 1 + len(ids)
+                counted.bytes += size
+            if time.monotonic() - noted >= _NOTE_SECONDS:
+                note()
+                noted = time.monotonic()
+        note()
+    return counted
+
+
+def _noted(partial: Path, tokenizer: Tokenizer) -> _Counted:
+    """What an earlier process has surely written into `partial`; nothing, if it had another tokenizer."""
+    try:
+        found = json.loads((partial / _PROGRESS).read_bytes())
+        if found.pop("tokenizer") == tokenizer.hash:
+            return _Counted(**found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return _Counted()
+
+
+def _dtype(tokenizer: Tokenizer) -> str:
+    return "<u2" if tokenizer.vocabulary <= 2**16 else "<u4"
 
 
 _MEND = "Delete the prepared data that it belongs to (in a run: the folder in data/) and prepare it again."
