@@ -30,5 +30,5 @@ clean:
 	touch $@
 
 .venv/dev: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,report,hf,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,report,hf,text,dev]'
 	touch $@

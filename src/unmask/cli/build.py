@@ -82,6 +82,26 @@ def plan(
         console().print(show_plan.table(planned))
 
 
+def text(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (tiny) or the path of a TOML file.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key, as for `run`. May be repeated.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+) -> None:
+    """Copies and near copies in a recipe's text, and what of its held-out text and questions it trains on."""
+    import json
+
+    from unmask.pipeline import text_check
+    from unmask.recipe import load, resolve
+
+    found = text_check.look(resolve(load(recipe, set_ or ())))
+    if json_:
+        print(json.dumps(text_check.as_json(found), ensure_ascii=False))
+    else:
+        console().print(text_check.table(found))
+
+
 def report(run: Annotated[Path, typer.Argument(help="The directory of a run, as runs/tiny.")]) -> None:
     """Write report.html of a finished run anew from its summary and findings."""
     from unmask.report.page import write_report

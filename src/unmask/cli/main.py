@@ -24,6 +24,7 @@ app = typer.Typer(
 for command, panel in (
     (build.run, "Build"),
     (build.plan, "Build"),
+    (build.text, "Build"),
     (build.report, "Build"),
     (inspect.log, "Look"),
     (inspect.diff, "Look"),

