@@ -9,9 +9,10 @@ from unmask import recipe as recipes
 from unmask.cli.main import main
 from unmask.errors import UserError
 from unmask.model.decoder import Decoder
-from unmask.pipeline.estimate import accelerator, accelerators, estimate, shape
+from unmask.pipeline import show_plan
+from unmask.pipeline.estimate import Accelerator, Cost, accelerator, accelerators, estimate, shape
 from unmask.recipe import given
-from unmask.training.cost import training_flops
+from unmask.training.cost import flops_per_token, parameters, training_bytes, training_flops
 
 SMALL = ("depth=1", "context=64", "tokenizer.vocabulary=300", "rl.answer_tokens=8", "rl.answers=4",
          "measure.answer_tokens=8")  # fmt: skip
@@ -25,6 +26,50 @@ def test_what_is_planned_is_what_a_record_will_count() -> None:
         tokens = given(section.tokens)
         assert costs[stage].flops == training_flops(Decoder(shape(recipe)), tokens, recipe.context)
     assert costs["rl"].tokens == 60 * 64 * (recipe.rl.prompt_tokens + recipe.rl.answer_tokens)
+
+
+def test_what_rl_costs_is_its_longest_texts_read_by_two_networks_and_held_beside_the_frozen_ones() -> None:
+    recipe = recipes.resolve(recipes.load("tiny", ["rl.epochs=3"]))
+    cost = estimate(recipe, torch.bfloat16)[-1]
+    policy, critic = shape(recipe), shape(recipe).scoring()
+    read = 60 * 64 * (128 + 48) * 3
+    assert cost.tokens == read and cost.networks == 2
+    learning = 1 - 9 / 60  # the critic warms up in 9 of 60 rollouts
+    each = [flops_per_token(config, 256) for config in (policy, critic)]
+    assert cost.flops == pytest.approx(read * (learning * each[0] + each[1]))
+    trained = [
+        training_bytes(config, torch.bfloat16, micro_tokens=2048, length=256, muon=False)
+        for config in (policy, critic)
+    ]
+    frozen = 2 * (parameters(policy) + 2 * parameters(critic))  # SFT, reward and gold, in bfloat16
+    assert cost.bytes == sum(trained) + frozen
+    without = recipes.resolve(recipes.load("tiny", ["rl.epochs=3", "reward.gold=false"]))
+    assert estimate(without, torch.bfloat16)[-1].bytes == cost.bytes - 2 * parameters(critic)
+
+
+def test_memory_is_of_what_stands_together_and_of_no_more_than_a_batch() -> None:
+    def held(stage: str, *sets: str) -> int:
+        recipe = recipes.resolve(recipes.load("tiny", list(sets)))
+        return next(cost.bytes for cost in estimate(recipe, torch.bfloat16) if cost.stage == stage)
+
+    assert held("base", "pretrain.micro_tokens=999999") == held("base")  # a batch has 4,096 tokens
+    assert held("base", "pretrain.micro_tokens=1024") < held("base")
+    assert held("base", "pretrain.recompute=true") < held("base")
+    assert held("reward") == held("reward", "reward.micro_tokens=1024")  # 32 windows are compared in one pass
+    assert held("reward") > held("reward", "reward.together=8")
+    assert held("gold") == held("reward")
+
+
+def test_the_note_says_what_is_too_small_and_what_costs_nothing() -> None:
+    def note(memory: float, flops: float) -> str:
+        card = Accelerator("X", "card X", 1e12, memory, "somebody", (1.0, 2.0))
+        costs = [Cost("base", 10, 1, flops, 5 * 10**9), Cost("rl", 10, 2, flops, 10**9)]
+        return show_plan._note(costs, card, 0.5)
+
+    assert "its 4 GB are too few" in note(4e9, 1e15)
+    assert "too few" not in note(5e9, 1e15)
+    assert "less than a cent" in note(5e9, 1e12)
+    assert "$1.11 to $2.22 at $1.00 to $2.00" in note(5e9, 1e15)
 
 
 def test_every_accelerator_has_a_rate_a_memory_and_a_source() -> None:
@@ -63,3 +108,6 @@ def test_json_has_seconds_and_dollars_of_the_same_flops(
     hours = sum(h100["seconds"].values()) / 3600
     assert h100["dollars"] == pytest.approx([1.99 * hours, 5.00 * hours])
     assert found["here"]["seconds"].keys() == {stage["stage"] for stage in found["stages"]} | {"measure"}
+    assert all(seconds > 0 for seconds in found["here"]["seconds"].values())
+    without = json.loads(planned(monkeypatch, capsys, "--json", "--set", "reward.gold=false"))
+    assert without["here"]["seconds"].keys() == found["here"]["seconds"].keys() - {"gold"}

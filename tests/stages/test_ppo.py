@@ -272,7 +272,8 @@ def test_while_the_critic_warms_up_the_policy_stands_still_and_raw_text_waits() 
         )
 
     for step in range(objective.pause_every):
-        loop.train_step(objective, optimizer, step, 1.0, 1.0)
+        result = loop.train_step(objective, optimizer, step, 1.0, 1.0)
+        assert result.loss == pytest.approx(objective.settings.value_weight * result.metrics["value_loss"])
     assert moved("critic.")
     assert not moved("policy.")
     grads = [master.grad for name, master in optimizer.masters.items() if name.startswith("policy.")]

@@ -66,6 +66,8 @@ def plan(
     """
     import json
 
+    import torch
+
     from unmask.pipeline import estimate, show_plan
     from unmask.pipeline.plan import whole_plan
     from unmask.recipe import load, resolve
@@ -74,8 +76,10 @@ def plan(
     resolved = resolve(load(recipe, set_ or ()))
     named = [estimate.accelerator(key) for key in on or ()]
     here = machine.pick_device(device)
-    costs = estimate.estimate(resolved, machine.compute_dtype(here))
-    planned = show_plan.Planned(resolved, costs, whole_plan(resolved, here), here, named, share)
+    costs = estimate.estimate(resolved, machine.compute_dtype(here), here.type == "cpu")
+    there = estimate.estimate(resolved, torch.bfloat16, cpu=False)
+    Progress().line("timing a few steps of this size here …")
+    planned = show_plan.Planned(resolved, here, costs, whole_plan(resolved, here), named, there, share)
     if json_:
         print(json.dumps(show_plan.as_json(planned)))
     else:

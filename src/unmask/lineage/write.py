@@ -19,7 +19,7 @@ from unmask.lineage.chain import Lineage
 from unmask.lineage.checkpoint import Checkpoint
 from unmask.lineage.contents import short
 from unmask.lineage.record import Record
-from unmask.model import weights
+from unmask.model import native, weights
 from unmask.model.decoder import Decoder
 from unmask.model.scorer import Scorer
 from unmask.text.tokenizer import Tokenizer
@@ -110,4 +110,4 @@ def _versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:  # run from a source tree
             found[package] = "not installed"
-    return found
+    return found | {"kernels": native.built().words}

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unmask.model import native
-from unmask.model.kernels import apply
+from unmask.model.kernels import apply, attention_weights, attention_weights_backward
 from unmask.model.precision import emulated
 
 # Scores of one head of one row, up to which they are made whole and kept for training. Not of a batch: the same row
@@ -40,7 +39,7 @@ def attention(
         k_BGSK = k_BGSK.repeat_interleave(heads // groups, 1)
         v_BGSK = v_BGSK.repeat_interleave(heads // groups, 1)
     keys = k_BGSK.shape[2]
-    if q_BHTK.dtype is torch.bfloat16 and native.takes(q_BHTK) and queries * keys <= SCORES_TO_KEEP:
+    if q_BHTK.dtype is torch.bfloat16 and q_BHTK.device.type == "cpu" and queries * keys <= SCORES_TO_KEEP:
         return apply(AttentionByProducts, q_BHTK, k_BGSK, v_BGSK, mask, causal)
     return F.scaled_dot_product_attention(
         q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=causal and mask is None
@@ -58,22 +57,9 @@ class AttentionByProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        rows, heads, queries, size = q.shape
+        rows, heads, _, size = q.shape
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        probs = torch.bmm(q, k.mT)
-        seen = None if mask is None else mask.expand(-1, 1, queries, probs.shape[2]).contiguous()
-        native.call(
-            "attention_weights",
-            probs.dtype,
-            probs,
-            size**-0.5,
-            seen,
-            0 if seen is None else len(seen),
-            causal,
-            rows,
-            heads,
-            *probs.shape[1:],
-        )
+        probs = attention_weights(torch.bmm(q, k.mT), rows, mask, causal, size**-0.5)
         ctx.save_for_backward(q, k, v, probs)
         ctx.rows_and_heads, ctx.causal = (rows, heads), causal
         y = torch.bmm(probs, v)
@@ -86,18 +72,7 @@ class AttentionByProducts(torch.autograd.Function):
         grad = grad.flatten(0, 1)
         d_v = torch.bmm(probs.mT, grad)
         d_scores = torch.bmm(grad, v.mT)
-        _, queries, keys = probs.shape
-        native.call(
-            "attention_weights_backward",
-            probs.dtype,
-            d_scores,
-            probs,
-            q.shape[-1] ** -0.5,
-            ctx.causal,
-            len(probs) * queries,
-            queries,
-            keys,
-        )
+        d_scores = attention_weights_backward(d_scores, probs, ctx.causal, q.shape[-1] ** -0.5)
         d_q, d_k = torch.bmm(d_scores, k), torch.bmm(d_scores.mT, q)
         d_q, d_k, d_v = (d.view(*ctx.rows_and_heads, *d.shape[1:]) for d in (d_q, d_k, d_v))
         return d_q, d_k, d_v, None, None

@@ -194,6 +194,7 @@ class Trunk(nn.Module):
         cache: Cache | None = None,
         at_N: Tensor | None = None,
     ) -> Tensor:
+        assert cache is None or at_N is None, "a cache is read at its end, not at chosen positions"
         # Not a buffer: `model.to(bfloat16)` would round a buffer's angles.
         if self.frequencies is None or self.frequencies.device != ids_BT.device:
             self.frequencies = rotary_frequencies(self.config).to(ids_BT.device)

@@ -1,8 +1,8 @@
 """The decoder's row-wise parts: by `rowwise.cpp` on a CPU that has it compiled, by plain PyTorch elsewhere.
 
 Plain PyTorch takes many passes over memory for each of them, which is what a small model loses its time in. Both ways
-compute in float32 (float64 stays). The way does not depend on whether gradients are wanted, so that log-probabilities
-that are measured and trained on agree bit for bit.
+compute in float32 (float64 stays); plain PyTorch rounds once or twice more on the way in bfloat16. The way does not
+depend on whether gradients are wanted, so that log-probabilities that are measured and trained on agree bit for bit.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,14 @@ def apply(function: type[torch.autograd.Function], *inputs: object) -> Tensor:
     return cast("Callable[..., Tensor]", function.apply)(*inputs)
 
 
+def exact_empty(*shape: int) -> Tensor:
+    """What compiled kernels write sums and scales into, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / √(mean x² + ε) · w over the last axis, computed in float32 (float64 stays), in x's dtype."""
-    if native.takes(x, weight):
+    if native.takes(x, weight) and weight.shape == x.shape[-1:]:
         return apply(RMSNorm, x, weight, eps)
     return F.rms_norm(wide(x), weight.shape, wide(weight), eps).to(x.dtype)
 
@@ -33,7 +38,7 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
-        y, scales = torch.empty_like(x), torch.empty(x.shape[:-1])
+        y, scales = torch.empty_like(x), exact_empty(*x.shape[:-1])
         native.call("rms_norm", x.dtype, x, weight, eps, scales.numel(), x.shape[-1], y, scales)
         ctx.save_for_backward(x, weight, scales)
         return y
@@ -42,7 +47,7 @@ class RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scales = ctx.saved_tensors
-        d_x, d_weights = torch.empty_like(x), torch.zeros(native.PARTS, x.shape[-1])
+        d_x, d_weights = torch.empty_like(x), exact_empty(native.PARTS, x.shape[-1]).zero_()
         native.call(
             "rms_norm_backward",
             x.dtype,
@@ -78,7 +83,10 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def norm_rotate(x_BTHK: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
     """rms_norm over K, if there is a weight (K), then `rotate`: (B, H, T, K)."""
-    if native.takes(x_BTHK, x_BTHK if weight is None else weight) and cos.dtype is torch.float32:
+    batch, tokens, _, size = x_BTHK.shape
+    tables = [(1, tokens, 1, size), (batch, tokens, 1, size)]
+    fits = cos.shape == sin.shape and tuple(cos.shape) in tables and cos.dtype is torch.float32
+    if fits and native.takes(x_BTHK, x_BTHK if weight is None else weight):
         return apply(NormRotate, x_BTHK, weight, eps, cos.contiguous(), sin.contiguous())
     normed = x_BTHK if weight is None else rms_norm(x_BTHK, weight, eps)
     return rotate(normed, cos, sin).transpose(1, 2)
@@ -89,7 +97,7 @@ class NormRotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
         x = x.contiguous()
         batch, tokens, heads, size = x.shape
-        y, scales = x.new_empty(batch, heads, tokens, size), torch.empty(batch, tokens, heads)
+        y, scales = x.new_empty(batch, heads, tokens, size), exact_empty(batch, tokens, heads)
         native.call("norm_rotate", x.dtype, x, weight, eps, cos, sin, len(cos), *x.shape, y, scales)
         ctx.save_for_backward(None if weight is None else x, weight, cos, sin, scales)
         return y
@@ -100,7 +108,7 @@ class NormRotate(torch.autograd.Function):
         x, weight, cos, sin, scales = ctx.saved_tensors
         batch, heads, tokens, size = grad.shape
         d_x = grad.new_empty(batch, tokens, heads, size)
-        d_weights = torch.zeros(native.PARTS, size)
+        d_weights = exact_empty(native.PARTS, size).zero_()
         native.call(
             "norm_rotate_backward",
             grad.dtype,
@@ -120,7 +128,7 @@ class NormRotate(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up."""
-    if native.takes(gate, up):
+    if native.takes(gate, up) and gate.shape == up.shape:
         return apply(SwiGLU, gate, up)
     return F.silu(gate) * up
 
@@ -143,21 +151,69 @@ class SwiGLU(torch.autograd.Function):
         return d_gate, d_up
 
 
+def attention_weights(scores: Tensor, rows: int, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """softmax(scale · scores) over keys, in place of the scores (B·H, T, S) of B = `rows`.
+
+    `causal` and `mask`, bool and broadcastable to (B, 1, T, S), as in `attention`. Every query has to see a key.
+    """
+    batch, queries, keys = scores.shape
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        mask = mask.expand(rows if mask.shape[0] > 1 else 1, 1, queries, keys)
+    if native.takes(scores) and scores.is_contiguous():
+        seen = None if mask is None else mask.contiguous()
+        masks = 0 if seen is None else len(seen)
+        heads = batch // max(1, rows)
+        native.call(
+            "attention_weights", scores.dtype, scores, scale, seen, masks, causal, rows, heads, queries, keys
+        )
+        return scores
+    scores.mul_(scale)
+    if causal:
+        scores += torch.full((queries, keys), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
+    if mask is not None:
+        scores.view(rows, -1, queries, keys).masked_fill_(~mask, -torch.inf)
+    return scores.softmax(-1)
+
+
+def attention_weights_backward(grad: Tensor, weights: Tensor, causal: bool, scale: float) -> Tensor:
+    """The gradient of the scores from the weights' (B·H, T, S), which may be overwritten."""
+    batch, queries, keys = weights.shape
+    if native.takes(grad, weights) and grad.is_contiguous() and weights.is_contiguous():
+        native.call(
+            "attention_weights_backward",
+            grad.dtype,
+            grad,
+            weights,
+            scale,
+            causal,
+            batch * queries,
+            queries,
+            keys,
+        )
+        return grad
+    d_scores: Tensor = torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype)
+    return d_scores.mul_(scale)
+
+
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
     """−ln softmax(logits)[target], (N,) in float32 (float64 stays), and if asked its slope by the logits, (N, V).
 
-    The slope has the logits' dtype. They may be overwritten.
+    The slope has the logits' dtype. They may be overwritten. IndexError for a target that is no column.
     """
     if native.takes(logits_NV):
-        assert int(targets_N.min()) >= 0 and int(targets_N.max()) < logits_NV.shape[1], (
-            "a target that is no id"
-        )
-        losses_N = torch.empty(len(targets_N))
+        targets_N = targets_N.long().contiguous()
+        if len(targets_N) != len(logits_NV):
+            raise IndexError(f"{len(targets_N)} targets for {len(logits_NV)} rows of logits")
+        if len(targets_N) and not 0 <= int(targets_N.min()) <= int(targets_N.max()) < logits_NV.shape[1]:
+            raise IndexError(f"a target outside the {logits_NV.shape[1]} columns of the logits")
+        logits_NV = logits_NV.contiguous()
+        losses_N = exact_empty(len(targets_N))
         native.call(
             "cross_entropy",
             logits_NV.dtype,
             logits_NV,
-            targets_N.contiguous(),
+            targets_N,
             slope,
             *logits_NV.shape,
             losses_N,

@@ -24,12 +24,19 @@ struct bfloat16 {
     }
 };
 
-// e^x to 2 units in the last place, 0 below −87 and infinite above 88; NaN stays NaN. x is not clipped itself: g++ then
-// makes a branch of each side, and masked stores, which take three times as long.
+// e^x to 2 units in the last place, 0 below −88 and infinite above 89; NaN stays NaN. x is clipped to ±104 by its bits:
+// of a clip that compares floats g++ makes branches, and masked stores that take three times as long.
 inline float exponential(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    int32_t size = bits & 0x7fffffff;
+    size = size > 0x42d00000 ? 0x42d00000 : size;
+    bits = uint32_t(size) | (bits & 0x80000000);
+    float y;
+    std::memcpy(&y, &bits, 4);
     const float shift = 12582912.0f;  // 1.5 · 2²³: adding it rounds to a whole number
-    const float n = (x * 1.44269504f + shift) - shift;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    const float n = (y * 1.44269504f + shift) - shift;
+    const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -43,7 +50,7 @@ inline float exponential(float x) {
     const int32_t power = (exponent + 127) << 23;
     float scale;
     std::memcpy(&scale, &power, 4);
-    return p * scale;
+    return p * scale + (x != x ? x : 0.0f);
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
@@ -208,7 +215,7 @@ void attention_weights(
             for (long i = 0; i < end; i++) most = e[i] > most ? e[i] : most;
 #pragma omp simd reduction(+ : sum)
             for (long i = 0; i < end; i++) {
-                const float x = e[i] == -INFINITY ? 0.0f : exponential(e[i] - most);
+                const float x = exponential(e[i] - most);
                 e[i] = x;
                 sum += x;
             }

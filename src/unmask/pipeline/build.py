@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel
 
 from unmask.errors import UserError
-from unmask.files import write_atomic
+from unmask.files import read_json_lines, write_atomic
 from unmask.lineage import Checkpoint, write_checkpoint
 from unmask.model.decoder import Trunk
 from unmask.pipeline import jobs
@@ -237,7 +237,7 @@ class Builder:
                     seed=self.recipe.seed,
                     steps=outcome.steps,
                     tokens=outcome.tokens,
-                    flops=training_flops(stage.model, outcome.tokens, self.recipe.context),
+                    flops=self._flops(stage, outcome, work),
                     seconds=setup + outcome.seconds,
                     peak_bytes=outcome.peak_bytes,
                     metrics={
@@ -250,6 +250,16 @@ class Builder:
                 )
                 shutil.rmtree(work / "snapshots")  # the checkpoint holds what they were for
         return Checkpoint.open(path)
+
+    def _flops(self, stage: Job, outcome: loop.Outcome, work: Path) -> float:
+        context = self.recipe.context
+        whole = training_flops(stage.model, outcome.tokens, context)
+        if stage.idle is None:
+            return whole
+        network, steps = stage.idle
+        lines = read_json_lines(work / "metrics.jsonl")
+        unread = max((line["tokens"] for line in lines if line["step"] <= steps), default=0)
+        return whole - training_flops(network, unread, context)
 
     def _kept(
         self, path: Path, parent: Checkpoint | None, inputs: Mapping[str, Checkpoint], prepared: Prepared

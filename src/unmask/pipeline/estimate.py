@@ -17,6 +17,7 @@ from unmask.training.cost import flops_per_token, parameters, training_bytes
 class Accelerator(NamedTuple):
     """Dense bfloat16 FLOP/s, bytes of memory, and what an hour was asked for, from … to …, in dollars; by `source`."""
 
+    key: str
     name: str
     flops_per_second: float
     memory: float
@@ -36,7 +37,7 @@ class Cost(NamedTuple):
 
 def accelerators() -> dict[str, Accelerator]:
     text = (resources.files("unmask") / "pipeline" / "accelerators.toml").read_text("utf-8")
-    return {key: Accelerator(**fields) for key, fields in tomllib.loads(text).items()}
+    return {key: Accelerator(key, **fields) for key, fields in tomllib.loads(text).items()}
 
 
 def accelerator(key: str) -> Accelerator:
@@ -53,13 +54,15 @@ def shape(recipe: Recipe) -> ModelConfig:
     return ModelConfig.from_depth(recipe.depth, vocabulary=rows, context=recipe.context)
 
 
-def estimate(recipe: Recipe, dtype: torch.dtype) -> list[Cost]:
-    """By stage of a resolved recipe. PPO's tokens are the most it can read: prompts and answers at their limits."""
+def estimate(recipe: Recipe, dtype: torch.dtype, cpu: bool = True) -> list[Cost]:
+    """By stage of a resolved recipe, computed in `dtype`, on a CPU or not. PPO's tokens are the most it can read:
+    prompts and answers at their limits."""
     decoder = shape(recipe)
     scorer = decoder.scoring()
     rl, rules = recipe.rl, ppo_settings(recipe.rl)
 
-    def trained(stage: str, config: ModelConfig, section: Training) -> Cost:
+    def trained(stage: str, config: ModelConfig, section: Training, whole: int = 0) -> Cost:
+        """`whole`: tokens that no micro-batch divides."""
         tokens = given(section.tokens)
         return Cost(
             stage,
@@ -69,10 +72,11 @@ def estimate(recipe: Recipe, dtype: torch.dtype) -> list[Cost]:
             training_bytes(
                 config,
                 dtype,
-                micro_tokens=min(section.micro_tokens, section.batch_tokens),
+                micro_tokens=max(whole, min(section.micro_tokens, section.batch_tokens)),
                 length=recipe.context,
                 muon=bool(section.matrix_lr),
                 recompute=section.recompute,
+                cpu=cpu,
             ),
         )
 
@@ -88,13 +92,18 @@ def estimate(recipe: Recipe, dtype: torch.dtype) -> list[Cost]:
         )
         for config in (decoder, scorer)
     ]
+    # Texts that are compared stay together, each as long as the longest.
+    compared = recipe.reward.together if recipe.reward.source.path == "chitchat" else 2
     frozen = parameters(decoder) + (2 if recipe.reward.gold else 1) * parameters(scorer)
     costs = [
         trained("base", decoder, recipe.pretrain),
         trained("sft", decoder, recipe.sft),
-        trained("reward", scorer, recipe.reward),
+        trained("reward", scorer, recipe.reward, whole=compared * recipe.context),
     ]
     if recipe.reward.gold:
         costs.append(costs[-1]._replace(stage="gold"))
-    flops = read * (flops_per_token(decoder, recipe.context) + flops_per_token(scorer, recipe.context))
+    learning = 1 - rules.critic_rollouts / rules.rollouts  # the policy, after the critic's warm-up
+    flops = read * (
+        learning * flops_per_token(decoder, recipe.context) + flops_per_token(scorer, recipe.context)
+    )
     return [*costs, Cost("rl", read, 2, float(flops), sum(learned) + frozen * dtype.itemsize)]

@@ -73,6 +73,7 @@ class Job(NamedTuple):
     left_out: dict[str, int]
     finish: Callable[[Outcome], tuple[Decoder | Scorer, dict[str, Any]]]
     shown: tuple[str, ...] = ()  # metrics beside the progress bar
+    idle: tuple[nn.Module, int] | None = None  # a network that the first so many steps do not run
 
 
 def pretraining(place: Place) -> Job:
@@ -247,7 +248,8 @@ def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint, gold: Che
 
     settings = loop_settings(section, objective, recipe.seed)
     shown = ("reward", "kl_child_parent", "stop_rate")
-    return Job(model, objective, optimizer, settings, objective.prompts.data, left_out, finish, shown)
+    idle = model.policy, objective.settings.critic_rollouts * objective.pause_every
+    return Job(model, objective, optimizer, settings, objective.prompts.data, left_out, finish, shown, idle)
 
 
 def means(outcome: Outcome, *names: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from unmask.generation.engine import generate
+from unmask.model import native
 from unmask.model.decoder import Decoder
 from unmask.model.loss import cross_entropy_sum
 from unmask.pipeline.build import Builder
@@ -40,7 +41,9 @@ def plan(builder: Builder) -> Plan:
 
 
 def whole_plan(recipe: Recipe, device: torch.device) -> Plan:
-    """Times two training steps and a few generated tokens with random weights at the recipe's size; a few seconds."""
+    """Times two training steps and a few generated tokens with random weights at the recipe's size: a few seconds, for
+    a few million weights."""
+    native.built()  # compiled now, and not while the first pass is timed
     config = shape(recipe)
     model = Decoder(config)
     model.init_weights(torch.Generator().manual_seed(0))
@@ -48,9 +51,10 @@ def whole_plan(recipe: Recipe, device: torch.device) -> Plan:
     rows = max(1, recipe.pretrain.micro_tokens // recipe.context)
     batch = torch.randint(config.vocab_size, (rows, recipe.context + 1), device=device)
     with torch.inference_mode():
-        start = time.monotonic()
-        model.hidden(batch[:, :-1])
-        a_reading = (time.monotonic() - start) / (rows * recipe.context)  # in float32, as all is measured
+        for _ in range(2):  # the first one also allocates
+            start = time.monotonic()
+            model.hidden(batch[:, :-1])
+            a_reading = (time.monotonic() - start) / (rows * recipe.context)  # in float32, as all is measured
 
     optimizer = Optimizer(model, optimizer_settings(recipe.pretrain), machine.compute_dtype(device))
 

@@ -15,32 +15,34 @@ from unmask.training import machine
 
 
 class Planned(NamedTuple):
-    """A recipe's costs, its times here, and accelerators with the share of their rate that training is to reach."""
+    """A recipe's costs and times on this device, and its costs on accelerators, of whose rate training is to reach a
+    share."""
 
     recipe: Recipe
+    device: torch.device
     costs: Sequence[Cost]
     timed: Plan
-    device: torch.device
     accelerators: Sequence[Accelerator]
+    costs_there: Sequence[Cost]
     share: float
 
 
 FORMULA = (
     "FLOPs: 6 for each weight that a token is multiplied with and 6·L·d·T of attention, a token and network trained. "
-    "Memory: of the training itself. rl: prompts and answers at their longest."
+    "Memory: of the training itself. rl: prompts and answers at their longest, but here (in time) half as long."
 )
 
 
 def table(planned: Planned) -> Group:
     """A row a stage; a column for this machine, by steps that were timed, and one for each accelerator."""
-    recipe, costs, timed, device, accelerators, share = planned
+    recipe, device, costs, timed, accelerators, costs_there, share = planned
     config = shape(recipe)
     head = (
         f"recipe {recipe.name} · depth {recipe.depth} · {config.hidden_size} wide · context {recipe.context} · "
         f"{timed.parameters / 1e6:,.1f} M parameters"
     )
     rows = Table(box=None)
-    for title in ("stage", "tokens", "FLOPs", "memory", "here", *(each.name for each in accelerators)):
+    for title in ("stage", "tokens", "FLOPs", "memory", "here", *(each.key for each in accelerators)):
         rows.add_column(title, justify="left" if title == "stage" else "right")
     for cost in costs:
         here = timed.seconds.get(cost.stage)
@@ -62,7 +64,7 @@ def table(planned: Planned) -> Group:
         *(duration(sum(seconds(cost, each, share) for cost in costs)) for each in accelerators),
     )
     notes = [FORMULA, f"Here: {machine.describe(device)}, by steps that were timed just now."]
-    notes += [_note(costs, each, share) for each in accelerators]
+    notes += [_note(costs_there, each, share) for each in accelerators]
     return Group(head, rows, *notes)
 
 
@@ -89,10 +91,10 @@ def _note(costs: Sequence[Cost], accelerator: Accelerator, share: float) -> str:
 
 def as_json(planned: Planned) -> dict[str, Any]:
     """The same numbers: seconds, bytes, dollars."""
-    recipe, costs, timed, device, accelerators, share = planned
+    recipe, device, costs, timed, accelerators, costs_there, share = planned
     elsewhere: dict[str, Any] = {}
     for each in accelerators:
-        taken = {cost.stage: seconds(cost, each, share) for cost in costs}
+        taken = {cost.stage: seconds(cost, each, share) for cost in costs_there}
         hours = sum(taken.values()) / 3600
         dollars = [price * hours for price in each.dollars] if each.dollars else None
         elsewhere[each.name] = {"seconds": taken, "share": share, "dollars": dollars, "source": each.source}

@@ -48,14 +48,15 @@ def training_bytes(
     length: int,
     muon: bool,
     recompute: bool = False,
+    cpu: bool = True,
 ) -> int:
     """The most that a training step holds, the process itself aside.
 
     Each weight: 4 bytes of master, 4 of gradient, 8 of AdamW's state (4 of Muon's for matrices inside layers), and a
     copy where the dtype is narrower. Each token of a micro-batch: what layers keep for backward, which is 4 vectors of
-    the width, 7 of the heads, 3 of the hidden layer, and each head's probabilities where attention keeps them. And a
-    chunk of logits, which become their slope in place. Without compiled kernels: one more vector of the hidden layer,
-    no probabilities, and float32 copies of the logits. With `recompute` layers keep one vector of the width each, and
+    the width, 7 of the heads, 3 of the hidden layer, and on a CPU each head's probabilities where attention keeps them.
+    And a chunk of logits, which become their slope in place. Without compiled kernels: one more vector of the hidden
+    layer, and float32 copies of the logits. With `recompute` layers keep one vector of the width each, and
     one layer at a time all of it.
     """
     size = dtype.itemsize
@@ -64,11 +65,11 @@ def training_bytes(
     held = weights * (4 + 4 + (size if size < 4 else 0)) + state
     heads = config.num_attention_heads * config.head_dim
     grouped = config.num_key_value_heads * config.head_dim
-    compiled = built().library is not None
+    compiled = cpu and built().library is not None
     kept = (
         4 * config.hidden_size + 3 * heads + 4 * grouped + (3 if compiled else 4) * config.intermediate_size
     )
-    if compiled and dtype is torch.bfloat16 and length**2 <= SCORES_TO_KEEP:
+    if cpu and dtype is torch.bfloat16 and length**2 <= SCORES_TO_KEEP:
         kept += config.num_attention_heads * length
     layers = config.num_hidden_layers
     read = micro_tokens * size * (layers * config.hidden_size + kept if recompute else layers * kept)

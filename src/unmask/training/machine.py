@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from unmask.errors import UserError
+from unmask.model import native
 from unmask.model.precision import processor_has_bfloat16
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -56,6 +57,8 @@ def describe(device: torch.device | None = None) -> str:
     else:
         threads = torch.get_num_threads()
         where = f"{threads} core{'s' if threads > 1 else ''} of {_processor()}"
+        if native.built().library is None:
+            where += ", no compiled kernels"
     if compute_dtype(device) == torch.bfloat16:
         return f"{where}, bfloat16"
     return f"{where}, float32 (no bfloat16 instructions)"
