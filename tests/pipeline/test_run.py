@@ -17,8 +17,10 @@ from shrunken import SHRUNK, shrunk, unmask
 from unmask import recipe as recipes
 from unmask.pipeline import measure
 from unmask.pipeline.build import Builder
+from unmask.pipeline.estimate import shape
 from unmask.pipeline.show import closing
 from unmask.progress import Progress
+from unmask.training.cost import flops_per_token
 
 pytestmark = pytest.mark.slow
 GROUPS = ("both", "base_only", "sft_only", "none")
@@ -225,3 +227,16 @@ def test_every_layer_can_be_talked_to_through_a_pipe(run: Path) -> None:
     )  # fmt: skip
     assert told.returncode == 0, told.stderr
     assert "base" in told.stdout
+
+
+def test_flops_of_rl_leave_out_the_policy_while_the_critic_warms_up(run: Path) -> None:
+    stage = next(stage for stage in summary_of(run)["stages"] if stage["name"] == "rl")
+    recipe = recipes.load(run / "recipe.toml")
+    lines = [json.loads(line) for line in (run / "work" / "rl" / "metrics.jsonl").read_text().splitlines()]
+    alone = lines[1]["tokens"]  # one of four rollouts, of two steps
+    policy, critic = shape(recipe), shape(recipe).scoring()
+    context = recipe.context
+    assert stage["flops"] == pytest.approx(
+        stage["tokens"] * flops_per_token(critic, context)
+        + (stage["tokens"] - alone) * flops_per_token(policy, context)
+    )
