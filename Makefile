@@ -15,8 +15,13 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/dev
+bench: .venv/dev  # a few minutes; see bench/ for more
 	$(BIN)/python bench/train_step.py --shape S
+	$(BIN)/python bench/train_step.py --shape S --optimizer muon
+	for stage in sft reward ppo; do $(BIN)/python bench/stage_step.py --stage $$stage || exit 1; done
+	$(BIN)/python bench/generate.py --shape S --batch 16
+	$(BIN)/python bench/compare.py
+	$(BIN)/python bench/startup.py
 
 clean:
 	rm -rf .venv

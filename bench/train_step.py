@@ -61,9 +61,11 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="S")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
     options = parser.parse_args()
     dtype = dtype_here()
     model, loss_fn, optimizer = make(options.shape, dtype, "0.02" if options.optimizer == "muon" else "")
+    model.model.recompute = options.recompute
     _, _, vocabulary, length, rows, _ = SHAPES[options.shape]
     batch = torch.randint(vocabulary, (rows, length + 1), generator=torch.Generator().manual_seed(0))
 
@@ -79,6 +81,7 @@ def main() -> None:
         "train_step",
         shape=options.shape,
         optimizer=options.optimizer,
+        recompute=options.recompute,
         dtype=dtype,
         tokens_per_second=tokens_per_second,
         seconds=seconds,
