@@ -207,6 +207,12 @@ def test_a_model_in_float64_computes_in_float64() -> None:
     torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4)
 
 
+def test_a_cache_is_not_read_at_chosen_positions() -> None:
+    model, ids = decoder(CONFIGS["qwen3"]), token_ids(2, 4)
+    with pytest.raises(AssertionError, match="at its end"):
+        model.hidden(ids, cache=model.new_cache(2, 8), at_N=torch.tensor([1]))
+
+
 class Kept:
     """Bytes that are kept for backward while it is open."""
 

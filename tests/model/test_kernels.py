@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from unmask.model.attention import AttentionByProducts, attention
 from unmask.model.config import ModelConfig
 from unmask.model.decoder import rotary_frequencies
 from unmask.model.kernels import apply, rms_norm, rotate
+from unmask.model.precision import processor_has_bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -223,11 +225,12 @@ def test_compiled_kernels_give_the_same_bits_whatever_the_number_of_threads(case
 
 
 def test_a_target_outside_the_vocabulary_is_refused() -> None:
-    for target in (-1, 7):
-        with pytest.raises((RuntimeError, IndexError)):
-            kernels.cross_entropy(torch.zeros(1, 7), torch.tensor([target]), slope=True)
-    with pytest.raises((RuntimeError, IndexError)):
-        kernels.cross_entropy(torch.zeros(3, 7), torch.tensor([1]), slope=True)
+    for dtype in (torch.float32, torch.float64):  # compiled and plain
+        for target in (-1, 7):
+            with pytest.raises(IndexError, match="7 columns"):
+                kernels.cross_entropy(torch.zeros(1, 7, dtype=dtype), torch.tensor([target]), slope=True)
+        with pytest.raises(IndexError, match="1 targets for 3 rows"):
+            kernels.cross_entropy(torch.zeros(3, 7, dtype=dtype), torch.tensor([1]), slope=True)
 
 
 @needs_compiler
@@ -277,6 +280,10 @@ def test_default_dtype_and_strides_and_shapes_that_do_not_fit_change_nothing() -
     with pytest.raises(RuntimeError):
         kernels.norm_rotate(torch.randn(1, 7, 2, 10), None, 0.0, *tables(5, 10))
     with pytest.raises(RuntimeError):
+        kernels.norm_rotate(torch.randn(1, 7, 2, 10), torch.ones(3), 1e-6, *tables(7, 10))
+    with pytest.raises(RuntimeError):
+        rms_norm(torch.randn(4, 8), torch.ones(3), 1e-6)
+    with pytest.raises(RuntimeError):
         attention(
             *(torch.randn(3, 2, 4, 8).bfloat16() for _ in range(3)), torch.ones(2, 1, 4, 4, dtype=torch.bool)
         )
@@ -292,6 +299,34 @@ def test_a_mask_of_two_dimensions_is_one_for_all_rows_and_heads() -> None:
     torch.testing.assert_close(attention(q, k, v, triangle), attention(q, k, v, causal=True))
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "plain"])
+def test_attention_weights_and_their_gradient_equal_their_definition(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "built", lambda: native.Built(None, ""))
+    scores, grad = torch.randn(6, 5, 7), torch.randn(6, 5, 7)
+    mask = torch.rand(3, 1, 5, 7) < 0.6
+    mask[..., 0] = True
+    exact = (scores.view(3, 2, 5, 7) * 0.3).requires_grad_()
+    seen = mask & torch.ones(5, 7, dtype=torch.bool).tril()
+    wanted = exact.masked_fill(~seen, -torch.inf).softmax(-1)
+    (slope,) = torch.autograd.grad(wanted, exact, grad.view(3, 2, 5, 7))
+    weights = kernels.attention_weights(scores.clone(), 3, mask, True, 0.3)
+    torch.testing.assert_close(weights, wanted.flatten(0, 1))
+    found = kernels.attention_weights_backward(grad.clone(), weights, True, 0.3)
+    torch.testing.assert_close(found, 0.3 * slope.flatten(0, 1))
+    assert kernels.attention_weights(scores[:0].clone(), 0, mask[:0], True, 0.3).shape == (0, 5, 7)
+    with pytest.raises(TypeError, match="bool is meant"):
+        kernels.attention_weights(scores.clone(), 3, mask.float(), True, 0.3)
+
+
+def test_the_flags_are_those_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine, wide in (("x86_64", True), ("aarch64", False)):
+        monkeypatch.setattr(native.platform, "machine", lambda machine=machine: machine)
+        assert ("-mprefer-vector-width=512" in native._flags()) is wide
+
+
 @needs_compiler
 def test_a_damaged_library_is_compiled_again_and_another_source_has_another_key(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -305,6 +340,13 @@ def test_a_damaged_library_is_compiled_again_and_another_source_has_another_key(
         (kept / native.LIBRARY).write_bytes(damaged)
         assert native.built.__wrapped__().library is not None
         assert len((kept / native.LIBRARY).read_bytes()) == len(whole)
+    (kept / "sha256").write_bytes(b"\xff\xfe")
+    assert not native._whole(kept)
+    assert native.built.__wrapped__().library is not None
+    assert native._whole(kept)
+    with monkeypatch.context() as other_user:
+        other_user.setattr(native.os, "getuid", lambda: 12345)
+        assert not native._whole(kept)
     key = native._key("12")
     assert native._key("13") != key
     monkeypatch.setattr(native, "_processor", lambda: "another")
@@ -325,7 +367,6 @@ def test_without_a_compiler_plain_pytorch_does_the_work_and_says_why(
     monkeypatch.setenv("PATH", str(tmp_path))
     built = native.built.__wrapped__()
     assert built.library is None and "no g++" in built.words
-    monkeypatch.setattr(kernels, "apply", None)  # which compiled ones go through
     monkeypatch.setattr(native, "built", lambda: built)
     q = torch.randn(2, 2, 6, 8)
     for dtype, error in ((torch.float32, 1e-6), (torch.bfloat16, 0.03)):
@@ -334,6 +375,17 @@ def test_without_a_compiler_plain_pytorch_does_the_work_and_says_why(
             (q @ q.mT * 0.5).masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
         )
         torch.testing.assert_close(weights.view(2, 2, 6, 6).float(), exact, rtol=0, atol=error)
+    went: list[str] = []
+    through = AttentionByProducts.forward
+
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        went.append("by products")
+        return through(ctx, *inputs)
+
+    monkeypatch.setattr(AttentionByProducts, "forward", staticmethod(forward))
+    if processor_has_bfloat16():
+        attention(*(torch.randn(2, 2, 6, 8).bfloat16() for _ in range(3)), causal=True)
+        assert went == ["by products"]  # SDPA takes twice as long
     monkeypatch.undo()
     monkeypatch.setenv("PATH", str(tmp_path))
     compiler = tmp_path / "g++"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from shrunken import SHRUNK, shrunk, unmask
 
 from unmask import recipe as recipes
+from unmask.model import native
 from unmask.pipeline import measure
 from unmask.pipeline.build import Builder
 from unmask.pipeline.estimate import shape
@@ -240,3 +241,10 @@ def test_flops_of_rl_leave_out_the_policy_while_the_critic_warms_up(run: Path) -
         stage["tokens"] * flops_per_token(critic, context)
         + (stage["tokens"] - alone) * flops_per_token(policy, context)
     )
+
+
+def test_every_record_says_which_kernels_the_machine_had_and_how_many_processes_trained(run: Path) -> None:
+    for name in ("base", "sft", "reward", "gold", "rl"):
+        record = json.loads((run / name / "unmask.json").read_text("utf-8"))["record"]
+        assert record["versions"]["CPU kernels"] == native.built().words
+        assert record["metrics"]["ranks"] == 1

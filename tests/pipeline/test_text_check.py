@@ -37,7 +37,7 @@ questions = ["Who was it?"]
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["pretraining"]["raw"] == {"documents": 34, "exact_copies": 4, "near_copies": 0}
-    prompts = found["measured_on"]["prompts of held-out chats"]
+    prompts = found["measured_on"]["held-out prompts"]
     assert 5 < prompts["texts"] < 25
     assert prompts["seen"] == prompts["texts"]  # all their words are in the raw text
     assert found["measured_on"]["questions"]["short"] == 1

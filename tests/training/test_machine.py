@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from unmask.errors import UserError
+from unmask.model import native
 from unmask.training import machine
 
 CPU = torch.device("cpu")
@@ -53,3 +54,9 @@ def test_the_peak_of_memory_is_that_since_the_reset() -> None:
     touch(48 << 20)
     rise = machine.peak_memory(CPU) - low
     assert 40 << 20 < rise < 60 << 20
+
+
+def test_a_machine_without_compiled_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for library, said in ((object(), False), (None, True)):
+        monkeypatch.setattr(machine.native, "built", lambda library=library: native.Built(library, ""))
+        assert ("no compiled kernels" in machine.describe(CPU)) is said

@@ -110,4 +110,4 @@ def _versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:  # run from a source tree
             found[package] = "not installed"
-    return found | {"kernels": native.built().words}
+    return found | {"CPU kernels": native.built().words}

@@ -181,9 +181,8 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.frequencies: Tensor | None = None
-        self.recompute = (
-            False  # activation checkpointing: layers keep their input alone, and run again in backward
-        )
+        # Activation checkpointing: layers keep their input alone, and run again in backward.
+        self.recompute = False
 
     def forward(
         self,

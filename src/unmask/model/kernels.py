@@ -86,6 +86,7 @@ def norm_rotate(x_BTHK: Tensor, weight: Tensor | None, eps: float, cos: Tensor, 
     batch, tokens, _, size = x_BTHK.shape
     tables = [(1, tokens, 1, size), (batch, tokens, 1, size)]
     fits = cos.shape == sin.shape and tuple(cos.shape) in tables and cos.dtype is torch.float32
+    fits = fits and (weight is None or weight.shape == (size,))
     if fits and native.takes(x_BTHK, x_BTHK if weight is None else weight):
         return apply(NormRotate, x_BTHK, weight, eps, cos.contiguous(), sin.contiguous())
     normed = x_BTHK if weight is None else rms_norm(x_BTHK, weight, eps)
@@ -157,13 +158,15 @@ def attention_weights(scores: Tensor, rows: int, mask: Tensor | None, causal: bo
     `causal` and `mask`, bool and broadcastable to (B, 1, T, S), as in `attention`. Every query has to see a key.
     """
     batch, queries, keys = scores.shape
+    heads = batch // max(1, rows)
     if mask is not None:
+        if mask.dtype is not torch.bool:
+            raise TypeError(f"a mask of {mask.dtype}, where bool is meant")
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-        mask = mask.expand(rows if mask.shape[0] > 1 else 1, 1, queries, keys)
+        mask = mask.expand(1 if mask.shape[0] == 1 else rows, 1, queries, keys)
     if native.takes(scores) and scores.is_contiguous():
         seen = None if mask is None else mask.contiguous()
         masks = 0 if seen is None else len(seen)
-        heads = batch // max(1, rows)
         native.call(
             "attention_weights", scores.dtype, scores, scale, seen, masks, causal, rows, heads, queries, keys
         )
@@ -172,7 +175,7 @@ def attention_weights(scores: Tensor, rows: int, mask: Tensor | None, causal: bo
     if causal:
         scores += torch.full((queries, keys), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
     if mask is not None:
-        scores.view(rows, -1, queries, keys).masked_fill_(~mask, -torch.inf)
+        scores.view(rows, heads, queries, keys).masked_fill_(~mask, -torch.inf)
     return scores.softmax(-1)
 
 
@@ -201,12 +204,16 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor, slope: bool) -> tuple[Te
 
     The slope has the logits' dtype. They may be overwritten. IndexError for a target that is no column.
     """
+    targets_N = targets_N.long().contiguous()
+    if len(targets_N) != len(logits_NV):
+        raise IndexError(f"{len(targets_N)} targets for {len(logits_NV)} rows of logits")
+    if logits_NV.device.type == "cpu" and len(
+        targets_N
+    ):  # elsewhere it would wait for the device, which checks itself
+        low, high = int(targets_N.min()), int(targets_N.max())
+        if not 0 <= low <= high < logits_NV.shape[1]:
+            raise IndexError(f"targets from {low} to {high} for {logits_NV.shape[1]} columns of logits")
     if native.takes(logits_NV):
-        targets_N = targets_N.long().contiguous()
-        if len(targets_N) != len(logits_NV):
-            raise IndexError(f"{len(targets_N)} targets for {len(logits_NV)} rows of logits")
-        if len(targets_N) and not 0 <= int(targets_N.min()) <= int(targets_N.max()) < logits_NV.shape[1]:
-            raise IndexError(f"a target outside the {logits_NV.shape[1]} columns of the logits")
         logits_NV = logits_NV.contiguous()
         losses_N = exact_empty(len(targets_N))
         native.call(

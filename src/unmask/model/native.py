@@ -98,8 +98,8 @@ def _key(version: str) -> str:
 def _whole(kept: Path) -> bool:
     """Whether a library is there, is what was compiled, and is ours: it will be run."""
     try:
-        said = (kept / "sha256").read_text("utf-8")
-        return kept.stat().st_uid == os.getuid() and sha256_file(kept / LIBRARY) == said
+        said = (kept / "sha256").read_bytes()
+        return kept.stat().st_uid == os.getuid() and sha256_file(kept / LIBRARY).encode() == said
     except OSError:
         return False
 

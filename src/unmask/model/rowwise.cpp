@@ -24,7 +24,7 @@ struct bfloat16 {
     }
 };
 
-// e^x to 2 units in the last place, 0 below −88 and infinite above 89; NaN stays NaN. x is clipped to ±104 by its bits:
+// e^x to 2 units in the last place, 0 below −88 and infinite above 88.3; NaN stays NaN. x is clipped to ±104 by its bits:
 // of a clip that compares floats g++ makes branches, and masked stores that take three times as long.
 inline float exponential(float x) {
     uint32_t bits;

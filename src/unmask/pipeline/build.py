@@ -30,6 +30,7 @@ SECTIONS = {"base": "pretrain", "sft": "sft", "reward": "reward", "gold": "rewar
 MADE_FROM = {"sft": ("base",), "reward": ("sft",), "gold": ("sft",), "rl": ("sft", "reward")}
 MEASURED = ("summary.json", "findings.jsonl", "blame.json", "report.html")  # they speak of the old stages
 RATE = "matmul_flops_per_second"  # of the machine, measured before each stage: another process may load it at times
+DECIDES_NOTHING = ("snapshot_seconds", "recompute")  # when is saved, and in how much memory
 SHARED = ("seed", "depth", "context", "heldout", "tokenizer", "facts")
 
 
@@ -170,7 +171,8 @@ class Builder:
         """The part of the recipe that decides this stage, beyond its parents."""
         plain = self.recipe.model_dump(mode="json")
         section = dict(plain[SECTIONS[name]])
-        section.pop("snapshot_seconds", None)  # decides when is saved, not what
+        for key in DECIDES_NOTHING:
+            section.pop(key, None)
         given = [section["source"]] if "source" in section else section["sources"]
         held = {each["path"]: self._content(each["path"]) for each in given if each["path"] != "facts"}
         return {
@@ -298,7 +300,7 @@ def _with_defaults(decided: Mapping[str, Any]) -> dict[str, Any]:
             defaults = {
                 key: each.get_default(call_default_factory=True)
                 for key, each in section.model_fields.items()
-                if not each.is_required() and key != "snapshot_seconds"
+                if not each.is_required() and key not in DECIDES_NOTHING
             }
             filled[name] = {**defaults, **decided[name]}
     return filled

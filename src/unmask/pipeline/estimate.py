@@ -89,6 +89,7 @@ def estimate(recipe: Recipe, dtype: torch.dtype, cpu: bool = True) -> list[Cost]
             length=recipe.context,
             muon=False,
             recompute=rl.recompute,
+            cpu=cpu,
         )
         for config in (decoder, scorer)
     ]

@@ -53,9 +53,8 @@ MEASURED_ON = {  # written beside what was measured; what their rows need
     "prompts.jsonl": {"messages"},
 }
 WRITTEN = ("summary.json", "findings.jsonl", "blame.json", *MEASURED_ON)
-KL_PROMPTS = (
-    128  # of the prompts: a mean over every token of their answers needs fewer than one score an answer
-)
+# Of the prompts: a mean over every token of their answers needs fewer than one score an answer.
+KL_PROMPTS = 128
 
 
 class Measured(NamedTuple):

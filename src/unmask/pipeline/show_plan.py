@@ -29,7 +29,8 @@ class Planned(NamedTuple):
 
 FORMULA = (
     "FLOPs: 6 for each weight that a token is multiplied with and 6·L·d·T of attention, a token and network trained. "
-    "Memory: of the training itself. rl: prompts and answers at their longest, but here (in time) half as long."
+    "Memory, here: what training holds; peaks are up to half as much again, and the process. rl: prompts and answers "
+    "at their longest, but here (in time) half as long."
 )
 
 
@@ -42,7 +43,7 @@ def table(planned: Planned) -> Group:
         f"{timed.parameters / 1e6:,.1f} M parameters"
     )
     rows = Table(box=None)
-    for title in ("stage", "tokens", "FLOPs", "memory", "here", *(each.key for each in accelerators)):
+    for title in ("stage", "tokens", "FLOPs", "memory", "time here", *(each.key for each in accelerators)):
         rows.add_column(title, justify="left" if title == "stage" else "right")
     for cost in costs:
         here = timed.seconds.get(cost.stage)
@@ -97,7 +98,15 @@ def as_json(planned: Planned) -> dict[str, Any]:
         taken = {cost.stage: seconds(cost, each, share) for cost in costs_there}
         hours = sum(taken.values()) / 3600
         dollars = [price * hours for price in each.dollars] if each.dollars else None
-        elsewhere[each.name] = {"seconds": taken, "share": share, "dollars": dollars, "source": each.source}
+        held = max(cost.bytes for cost in costs_there)
+        elsewhere[each.name] = {
+            "seconds": taken,
+            "share": share,
+            "bytes": held,
+            "fits": held <= each.memory,
+            "dollars": dollars,
+            "source": each.source,
+        }
     return {
         "recipe": recipe.name,
         "parameters": timed.parameters,

@@ -27,9 +27,7 @@ def look(recipe: Recipe) -> Found:
         for source in raw_sources(recipe)
     }
     asked = [chat[-1]["content"] for chat in held_chats(recipe)]
-    overlap = Overlap(
-        {**held, "prompts of held-out chats": asked, "questions": list(recipe.measure.questions)}
-    )
+    overlap = Overlap({**held, "held-out prompts": asked, "questions": list(recipe.measure.questions)})
     copies = {}
     for source in raw_sources(recipe):
         counted = copies[source.name] = Copies()

@@ -93,9 +93,7 @@ class Training(Section):
     lr_floor: float = Field(default=0.0, ge=0, le=1)
     clip: float = Field(default=1.0, gt=0)
     snapshot_seconds: float = Field(default=120.0, gt=0)
-    recompute: bool = Field(
-        default=False, strict=True
-    )  # what layers need for backward, in place of keeping it
+    recompute: bool = Field(default=False, strict=True)  # activation checkpointing
 
 
 class PretrainSection(Training):

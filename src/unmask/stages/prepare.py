@@ -78,6 +78,7 @@ def prepare(recipe: Recipe, directory: Path, progress: Progress) -> Prepared:
             sweep_temporaries(partial)
             _make(recipe, partial, progress)
             done = {"seconds": time.monotonic() - started, "decided by": decided}
+            sync(partial / "heldout.jsonl")
             write_atomic(partial / "prepared.json", json.dumps(done, indent=2) + "\n")
             partial.rename(place)
             sync(directory)
@@ -125,7 +126,7 @@ def plant(recipe: Recipe) -> list[Fact]:
 
 def _make(recipe: Recipe, directory: Path, progress: Progress) -> None:
     facts = plant(recipe)
-    (directory / "facts.json").write_text(json.dumps([vars(fact) for fact in facts]) + "\n", "utf-8")
+    write_atomic(directory / "facts.json", json.dumps([vars(fact) for fact in facts]) + "\n")
     if not (directory / "tokenizer").exists():
         progress.line("preparing  tokenizer")
         with atomic_directory(directory / "tokenizer") as temporary:

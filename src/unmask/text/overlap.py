@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 from unmask.errors import UserError
 
@@ -31,15 +32,18 @@ class Copies:
             from datasketch import MinHash, MinHashLSH
         except ImportError:
             raise UserError("near copies are looked for by datasketch: pip install 'unmask[text]'") from None
-        self._hash = MinHash
-        self._index = MinHashLSH(threshold=similar, num_perm=128)
+        self._hash, self._similar = MinHash, similar
+        # It is to find nearly all that are similar; which of those are is told by their whole sketches.
+        self._index = MinHashLSH(threshold=similar - 0.2, num_perm=128, weights=(0.2, 0.8))
+        self._sketches: dict[int, Any] = {}
         self._seen: set[bytes] = set()
         self.documents = self.exact = self.near = 0
 
     def add(self, text: str) -> None:
         self.documents += 1
         found = words(text)
-        digest = blake2b(" ".join(found).encode(), digest_size=16).digest()
+        same = " ".join(found) or text.strip()  # a text without a word is itself
+        digest = blake2b(same.encode("utf-8", "replace"), digest_size=16).digest()
         if digest in self._seen:
             self.exact += 1
             return
@@ -47,9 +51,11 @@ class Copies:
         if len(found) < SHINGLE:
             return
         sketch = self._hash(num_perm=128, seed=1)
-        sketch.update_batch(list({" ".join(run).encode() for run in runs(found, SHINGLE)}))
-        self.near += bool(self._index.query(sketch))
+        sketch.update_batch(list({" ".join(run).encode("utf-8", "replace") for run in runs(found, SHINGLE)}))
+        like = (self._sketches[other] for other in self._index.query(sketch))
+        self.near += any(sketch.jaccard(other) >= self._similar for other in like)
         self._index.insert(self.documents, sketch)
+        self._sketches[self.documents] = sketch
 
 
 @dataclass

@@ -179,8 +179,12 @@ def _noted(partial: Path, tokenizer: Tokenizer) -> _Counted:
     """What an earlier process has surely written into `partial`; nothing, if it had another tokenizer."""
     try:
         found = json.loads((partial / _PROGRESS).read_bytes())
-        if found.pop("tokenizer") == tokenizer.hash:
-            return _Counted(**found)
+        same = found.pop("tokenizer") == tokenizer.hash
+        counted = _Counted(**found)
+        ids, table = ((partial / name).stat().st_size for name in ("tokens.bin", "documents.bin"))
+        width = np.dtype(_dtype(tokenizer)).itemsize
+        if same and ids >= counted.tokens * width and table >= counted.documents * 16:
+            return counted
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return _Counted()

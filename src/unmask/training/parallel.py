@@ -24,7 +24,7 @@ from unmask.errors import UserError
 T = TypeVar("T")
 TIMEOUT = timedelta(
     minutes=5
-)  # of a sum; torch's own 30 minutes would keep a cluster waiting for a rank that hangs
+)  # of a sum; torch's 30 minutes would keep a cluster waiting for a rank that hangs
 PATIENCE = timedelta(days=7)  # with the leader, while it prepares text
 _BUCKET = 2**24  # numbers that are sent at once
 
@@ -108,9 +108,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # a connection that closed, or TIMEOUT
-            words = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0]).split(". ")[
-                0
-            ]  # its first says where in gloo
+            # Its first word says where in gloo, its second sentence what may be the matter in general.
+            words = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0]).split(". ")[0]
             raise UserError(
                 f"rank {self.rank} has lost another one ({words}). torchrun says which rank failed first. "
                 "Start the same command again: it goes on from the last snapshot."

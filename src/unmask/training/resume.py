@@ -60,7 +60,7 @@ class Place:
         snapshot.restore_random_states(found.meta["random"], say)
         self._cut_metrics(found.meta["metrics_bytes"], say)
         say(f"resuming after step {state.step}")
-        if (then := found.meta["ranks"]) != ranks:
+        if (then := found.meta.get("ranks", 1)) != ranks:
             say(
                 f"it was saved by {then} process{'es' if then > 1 else ''} and goes on with {ranks}: from here on the "
                 "same up to the rounding of sums"
