@@ -188,6 +188,8 @@ def test_a_run_that_is_refused_stays_as_it_was(
 def test_a_key_that_recipes_did_not_have_yet_stands_at_its_default(files: Path, run: Path) -> None:
     found = {"pretrain": {"tokens": 1}}
     assert build_module._with_defaults(found)["pretrain"]["cross_documents"] is True
+    kept = {"pretrain": {**found["pretrain"], "recompute": True, "snapshot_seconds": 5.0}}
+    assert not {"recompute", "snapshot_seconds"} & build_module._with_defaults(kept)["pretrain"].keys()
     assert "weight_decay" in build_module._with_defaults(found)["pretrain"]
     builder_of(recipe_of(files), run).refuse_another_recipe()
     sources = [{"path": str(files / "raw.jsonl")}]

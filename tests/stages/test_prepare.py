@@ -1,6 +1,9 @@
 """From sources to tokens: what is held out is in no shard, leaks are found, other text lies elsewhere."""
 
 import json
+import os
+import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,25 @@ def test_held_out_documents_are_in_no_shard_and_all_others_are(tmp_path: Path) -
     assert 30 < len(held) < 90
     assert not trained & held
     assert trained | held == set(TEXTS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which file is meant")
+def test_what_is_made_is_on_the_disk_before_it_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[str] = set()
+    plainly = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.add(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        plainly(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    prepared = prepare(made(tmp_path, TEXTS), tmp_path / "data", Progress(quiet=True))
+    written = {path.name for path in prepared.directory.rglob("*") if path.is_file()}
+    assert {"facts.json", "heldout.jsonl", "tokens.bin", "tokenizer.json"} <= written
+    whole = {re.sub(r"^\.(.+)\.tmp-.*", r"\1", name) for name in synced}  # written beside, then renamed
+    assert written <= whole
 
 
 def test_the_same_recipe_finds_what_was_made_and_other_text_lies_elsewhere(tmp_path: Path) -> None:

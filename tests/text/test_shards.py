@@ -143,6 +143,29 @@ def test_a_build_that_was_cut_short_goes_on_and_ends_as_if_it_had_not(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "negative"])
+def test_what_is_shorter_than_was_noted_is_not_taken_up(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unmask.text.shards._AT_ONCE", 300)
+    monkeypatch.setattr("unmask.text.shards._NOTE_SECONDS", 0.0)
+
+    def killed() -> Iterator[str]:
+        yield from list(sentences(60))[:40]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "x", killed(), tokenizer())
+    partial = tmp_path / "x.partial"
+    if name == "negative":
+        noted = json.loads((partial / "progress.json").read_text())
+        (partial / "progress.json").write_text(json.dumps({**noted, "tokens": -5}))
+    else:
+        (partial / name).write_bytes((partial / name).read_bytes()[:-20])
+    whole = build(tmp_path / "y", sentences(60), tokenizer())
+    assert build(tmp_path / "x", sentences(60), tokenizer()).fingerprint == whole.fingerprint
+
+
 def test_what_another_tokenizer_had_encoded_is_not_taken_up(tmp_path: Path) -> None:
     whole = build(tmp_path / "y", sentences(20), tokenizer())
     partial = tmp_path / "x.partial"

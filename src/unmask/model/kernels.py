@@ -207,9 +207,8 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor, slope: bool) -> tuple[Te
     targets_N = targets_N.long().contiguous()
     if len(targets_N) != len(logits_NV):
         raise IndexError(f"{len(targets_N)} targets for {len(logits_NV)} rows of logits")
-    if logits_NV.device.type == "cpu" and len(
-        targets_N
-    ):  # elsewhere it would wait for the device, which checks itself
+    # On another device it would wait for the device, which checks itself.
+    if logits_NV.device.type == "cpu" and len(targets_N):
         low, high = int(targets_N.min()), int(targets_N.max())
         if not 0 <= low <= high < logits_NV.shape[1]:
             raise IndexError(f"targets from {low} to {high} for {logits_NV.shape[1]} columns of logits")

@@ -302,7 +302,8 @@ def _with_defaults(decided: Mapping[str, Any]) -> dict[str, Any]:
                 for key, each in section.model_fields.items()
                 if not each.is_required() and key not in DECIDES_NOTHING
             }
-            filled[name] = {**defaults, **decided[name]}
+            deciding = {key: value for key, value in decided[name].items() if key not in DECIDES_NOTHING}
+            filled[name] = {**defaults, **deciding}
     return filled
 
 

@@ -80,9 +80,8 @@ def whole_plan(recipe: Recipe, device: torch.device) -> Plan:
     # Prompts and answers fill half of their room. A rollout is read once by policy, reference, critic and both judges
     # without gradients (a forward pass is a third of a training pass), then learned from by two networks in each epoch.
     read = rules.rollouts * rl.answers * (rl.prompt_tokens + rl.answer_tokens) / 2
-    learning = (
-        2 - rules.critic_rollouts / rules.rollouts
-    )  # networks, of which one waits while the critic warms up
+    # Networks that learn, of which one waits while the critic warms up.
+    learning = 2 - rules.critic_rollouts / rules.rollouts
     rewarded = given(recipe.reward.tokens) * a_token
     seconds = {
         "base": given(pre.tokens) * (a_token + stepped / pre.batch_tokens),

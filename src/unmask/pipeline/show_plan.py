@@ -29,8 +29,8 @@ class Planned(NamedTuple):
 
 FORMULA = (
     "FLOPs: 6 for each weight that a token is multiplied with and 6·L·d·T of attention, a token and network trained. "
-    "Memory, here: what training holds; peaks are up to half as much again, and the process. rl: prompts and answers "
-    "at their longest, but here (in time) half as long."
+    "Memory here: the least that training holds; a process takes some 0.5 GB more, and keeps what earlier stages took. "
+    "rl: prompts and answers at their longest; the time here is of half as long ones."
 )
 
 
@@ -43,7 +43,14 @@ def table(planned: Planned) -> Group:
         f"{timed.parameters / 1e6:,.1f} M parameters"
     )
     rows = Table(box=None)
-    for title in ("stage", "tokens", "FLOPs", "memory", "time here", *(each.key for each in accelerators)):
+    for title in (
+        "stage",
+        "tokens",
+        "FLOPs",
+        "memory here",
+        "time here",
+        *(each.key for each in accelerators),
+    ):
         rows.add_column(title, justify="left" if title == "stage" else "right")
     for cost in costs:
         here = timed.seconds.get(cost.stage)

@@ -22,9 +22,8 @@ from torch.distributed.distributed_c10d import Store, _get_default_store
 from unmask.errors import UserError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(
-    minutes=5
-)  # of a sum; torch's 30 minutes would keep a cluster waiting for a rank that hangs
+# Of a sum; torch's own 30 minutes would keep a cluster waiting for a rank that hangs.
+TIMEOUT = timedelta(minutes=5)
 PATIENCE = timedelta(days=7)  # with the leader, while it prepares text
 _BUCKET = 2**24  # numbers that are sent at once
 
