@@ -183,7 +183,7 @@ def _noted(partial: Path, tokenizer: Tokenizer) -> _Counted:
         counted = _Counted(**found)
         ids, table = ((partial / name).stat().st_size for name in ("tokens.bin", "documents.bin"))
         width = np.dtype(_dtype(tokenizer)).itemsize
-        whole = ids >= counted.tokens * width >= 0 and table >= counted.documents * 16 >= 0
+        whole = ids >= counted.tokens * width and table >= counted.documents * 16
         if same and whole and min(vars(counted).values()) >= 0:
             return counted
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

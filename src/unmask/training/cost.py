@@ -51,7 +51,7 @@ def training_bytes(
     cpu: bool = True,
 ) -> int:
     """The least that a training step holds at its fullest. The process itself and its allocator come on top:
-    0.3 to 0.5 GB at the shapes of bench/, up to 1.5 in a run, which keeps what earlier stages took.
+    0.3 to 0.8 GB at the shapes of bench/, up to 1.5 in a run, which keeps what earlier stages took.
 
     Each weight: 4 bytes of master, 4 of gradient, 8 of AdamW's state (4 of Muon's for matrices inside layers), and a
     copy where the dtype is narrower. Each token of a micro-batch: what layers keep for backward, which is 4 vectors of
