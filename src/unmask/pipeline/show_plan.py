@@ -29,8 +29,8 @@ class Planned(NamedTuple):
 
 FORMULA = (
     "FLOPs: 6 for each weight that a token is multiplied with and 6·L·d·T of attention, a token and network trained. "
-    "Memory here: the least that training holds; a process takes 0.5 to 1.5 GB more, as it keeps what earlier stages took. "
-    "rl: prompts and answers at their longest; the time here is of half as long ones."
+    "Memory here: the least that training holds; a process takes 0.5 to 1.5 GB more, as it keeps what earlier "
+    "stages took. rl: prompts and answers at their longest; the time here is of half as long ones."
 )
 
 
