@@ -57,8 +57,8 @@ def training_bytes(
     copy where the dtype is narrower. Each token of a micro-batch: what layers keep for backward, which is 4 vectors of
     the width, 7 of the heads, 3 of the hidden layer, and on a CPU each head's probabilities where attention keeps them.
     And a chunk of logits, which become their slope in place. Without compiled kernels: one more vector of the hidden
-    layer, and float32 copies of the logits. With `recompute` layers keep one vector of the width each, and
-    one layer at a time all of it.
+    layer, float32 copies of the logits, and on a CPU four more vectors of the width and eight of the heads. With
+    `recompute` layers keep one vector of the width each, and one layer at a time all of it.
     """
     size = dtype.itemsize
     weights, matrices = parameters(config), matrix_weights(config)
@@ -67,9 +67,11 @@ def training_bytes(
     heads = config.num_attention_heads * config.head_dim
     grouped = config.num_key_value_heads * config.head_dim
     compiled = cpu and built().library is not None
-    kept = (
-        4 * config.hidden_size + 3 * heads + 4 * grouped + (3 if compiled else 4) * config.intermediate_size
-    )
+    kept = 4 * config.hidden_size + 3 * heads + 4 * grouped + 3 * config.intermediate_size
+    if not compiled:
+        kept += config.intermediate_size
+    if cpu and not compiled:
+        kept += 4 * (config.hidden_size + heads + grouped)
     if cpu and dtype is torch.bfloat16 and length**2 <= SCORES_TO_KEEP:
         kept += config.num_attention_heads * length
     layers = config.num_hidden_layers
