@@ -1,10 +1,15 @@
 """What a recipe says arrives where it is used."""
 
+from typing import Any, cast
+
 import pytest
+import torch
 
 from unmask import recipe
-from unmask.pipeline.jobs import means, ppo_settings
+from unmask.pipeline.jobs import Place, means, ppo_settings
+from unmask.progress import Progress
 from unmask.training.loop import Outcome
+from unmask.training.parallel import Ranks
 
 
 @pytest.mark.parametrize(
@@ -31,3 +36,10 @@ def test_the_shares_and_prices_of_tiny_reach_ppo() -> None:
 def test_a_metric_that_was_never_finite_is_left_out_and_stops_no_stage() -> None:
     outcome = Outcome(1, 1, 1.0, 1, 0, {"kl_child_parent": {"last": 0.2, "mean": 0.1}}, "2026-01-01")
     assert means(outcome, "kl_child_parent", "reward") == {"kl_child_parent": 0.1}
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 9000), (2, 2048), (3, 1365)])
+def test_a_micro_batch_is_as_the_recipe_says_unless_a_rank_would_go_without(ranks: int, micro: int) -> None:
+    asked = recipe.resolve(recipe.load("tiny", ["pretrain.micro_tokens=9000"]))
+    place = Place(asked, cast(Any, None), torch.device("cpu"), Progress(quiet=True), Ranks(0, ranks))
+    assert place.micro_tokens(asked.pretrain, asked.pretrain.batch_tokens) == micro

@@ -37,7 +37,9 @@ class Place:
     ranks: Ranks = loop.ALONE
 
     def micro_tokens(self, section: Training | RlSection, batch_tokens: int) -> int:
-        """As the recipe says, or less, so that every rank has a part of each batch."""
+        """As the recipe says, or less with several ranks, so that each has a part of every batch."""
+        if self.ranks.size == 1:
+            return section.micro_tokens
         return max(1, min(section.micro_tokens, batch_tokens // self.ranks.size))
 
     @property
