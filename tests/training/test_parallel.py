@@ -43,20 +43,20 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
     return [{**line, "seconds": 0} for line in read_json_lines(directory / "metrics.jsonl")]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("alone")
-    done, _ = trained(directory, 1)
+def finished(directory: Path, ranks: int) -> Path:
+    done, _ = trained(directory, ranks)
     assert done.returncode == 0, done.stderr
     return directory
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(tmp_path_factory.mktemp("alone"), 1)
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("together")
-    done, _ = trained(directory, 2)
-    assert done.returncode == 0, done.stderr
-    return directory
+    return finished(tmp_path_factory.mktemp("together"), 2)
 
 
 def assert_near(ours: Path, theirs: Path) -> None:
