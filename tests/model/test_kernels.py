@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unmask.model import kernels, native
-from unmask.model.attention import AttentionByProducts, attention
+from unmask.model.attention import AttentionInBlocks, attention
 from unmask.model.config import ModelConfig
 from unmask.model.decoder import rotary_frequencies
 from unmask.model.kernels import apply, rms_norm, rotate
@@ -90,21 +90,48 @@ def test_attention_in_bfloat16_is_float32_attention_rounded() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("masked", ["causal", "mask", "both", "neither"])
-def test_attention_by_products_has_the_gradient_of_its_definition(masked: str) -> None:
-    """In bfloat16 it is used; in float32 its arithmetic can be told from its rounding."""
-    q, k, v = (torch.randn(3, 4, 37, 8, requires_grad=True) for _ in range(3))
-    triangle = torch.ones(37, 37, dtype=torch.bool).tril()
-    drawn = torch.rand(3, 1, 37, 37) < 0.6
+@pytest.mark.parametrize(("queries", "keys"), [(37, 37), (300, 300), (130, 140), (260, 300), (1100, 1100)])
+def test_attention_in_blocks_has_the_gradient_of_its_definition(masked: str, queries: int, keys: int) -> None:
+    """Of one block that is kept, of several, and with a short last one. In bfloat16 it is used; in float32 its
+    arithmetic can be told from its rounding."""
+    q = torch.randn(2, 2, queries, 8, requires_grad=True)
+    k, v = (torch.randn(2, 2, keys, 8, requires_grad=True) for _ in range(2))
+    triangle = torch.ones(queries, keys, dtype=torch.bool).tril()
+    drawn = torch.rand(2, 1, queries, keys) < 0.6
     drawn[..., 0] = True
     mask = {"causal": None, "mask": drawn, "both": drawn & triangle, "neither": None}[masked]
     causal = masked in ("causal", "both")
-    y = apply(AttentionByProducts, q.transpose(1, 2).contiguous().transpose(1, 2), k, v, mask, causal)
+    y = apply(AttentionInBlocks, q.transpose(1, 2).contiguous().transpose(1, 2), k, v, mask, causal)
     whole = torch.ones_like(triangle) if mask is None else mask
     expected = plain_attention(q, k, v, whole & triangle if causal else whole)
     torch.testing.assert_close(y, expected)
     weight = torch.randn_like(y)
     found, wanted = (torch.autograd.grad((each * weight).sum(), (q, k, v)) for each in (y, expected))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "kept"), [(256, True), (257, False)])
+def test_attention_of_long_rows_keeps_no_probabilities_for_backward(tokens: int, kept: bool) -> None:
+    held: list[int] = []
+    q, k, v = (torch.randn(1, 1, tokens, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.numel()) or x, lambda x: x):
+        apply(AttentionInBlocks, q, k, v, None, True)
+    assert (max(held) >= tokens**2) is kept
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_blocks_queries_see_the_keys_before_it(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, grad = torch.randn(2, 3, 9), torch.randn(2, 3, 9)
+    seen = torch.ones(3, 9, dtype=torch.bool).tril(first)
+    wanted = (scores * 0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(native, "built", lambda: native.Built(None, ""))
+        weights = kernels.attention_weights(scores.clone(), 1, None, first, 0.5)
+        torch.testing.assert_close(weights, wanted)
+        slope = 0.5 * wanted * (grad - (grad * wanted).sum(-1, keepdim=True))
+        found = kernels.attention_weights_backward(grad.clone(), weights, first, 0.5)
+        torch.testing.assert_close(found, slope)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 2, 5, 5), (3, 4, 1, 5, 7), (0, 2, 2, 5, 5), (2, 2, 2, 600, 600)])
@@ -312,13 +339,13 @@ def test_attention_weights_and_their_gradient_equal_their_definition(
     seen = mask & torch.ones(5, 7, dtype=torch.bool).tril()
     wanted = exact.masked_fill(~seen, -torch.inf).softmax(-1)
     (slope,) = torch.autograd.grad(wanted, exact, grad.view(3, 2, 5, 7))
-    weights = kernels.attention_weights(scores.clone(), 3, mask, True, 0.3)
+    weights = kernels.attention_weights(scores.clone(), 3, mask, 0, 0.3)
     torch.testing.assert_close(weights, wanted.flatten(0, 1))
-    found = kernels.attention_weights_backward(grad.clone(), weights, True, 0.3)
+    found = kernels.attention_weights_backward(grad.clone(), weights, 0, 0.3)
     torch.testing.assert_close(found, 0.3 * slope.flatten(0, 1))
-    assert kernels.attention_weights(scores[:0].clone(), 0, mask[:0], True, 0.3).shape == (0, 5, 7)
+    assert kernels.attention_weights(scores[:0].clone(), 0, mask[:0], 0, 0.3).shape == (0, 5, 7)
     with pytest.raises(TypeError, match="bool is meant"):
-        kernels.attention_weights(scores.clone(), 3, mask.float(), True, 0.3)
+        kernels.attention_weights(scores.clone(), 3, mask.float(), 0, 0.3)
 
 
 def test_the_flags_are_those_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,22 +397,22 @@ def test_without_a_compiler_plain_pytorch_does_the_work_and_says_why(
     monkeypatch.setattr(native, "built", lambda: built)
     q = torch.randn(2, 2, 6, 8)
     for dtype, error in ((torch.float32, 1e-6), (torch.bfloat16, 0.03)):
-        weights = kernels.attention_weights((q @ q.mT).flatten(0, 1).to(dtype), 2, None, True, 0.5)
+        weights = kernels.attention_weights((q @ q.mT).flatten(0, 1).to(dtype), 2, None, 0, 0.5)
         exact = (
             (q @ q.mT * 0.5).masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
         )
         torch.testing.assert_close(weights.view(2, 2, 6, 6).float(), exact, rtol=0, atol=error)
     went: list[str] = []
-    through = AttentionByProducts.forward
+    through = AttentionInBlocks.forward
 
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        went.append("by products")
+        went.append("in blocks")
         return through(ctx, *inputs)
 
-    monkeypatch.setattr(AttentionByProducts, "forward", staticmethod(forward))
+    monkeypatch.setattr(AttentionInBlocks, "forward", staticmethod(forward))
     if processor_has_bfloat16():
         attention(*(torch.randn(2, 2, 6, 8).bfloat16() for _ in range(3)), causal=True)
-        assert went == ["by products"]  # SDPA takes twice as long
+        assert went == ["in blocks"]  # SDPA takes twice as long
     monkeypatch.undo()
     monkeypatch.setenv("PATH", str(tmp_path))
     compiler = tmp_path / "g++"

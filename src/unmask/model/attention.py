@@ -1,5 +1,7 @@
 """Scaled dot-product attention with grouped key heads, and the masks that say who may attend to whom."""
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,9 +12,9 @@ from torch.autograd.function import once_differentiable
 from unmask.model.kernels import apply, attention_weights, attention_weights_backward
 from unmask.model.precision import emulated
 
-# Scores of one head of one row, up to which they are made whole and kept for training. Not of a batch: the same row
+# Scores of one head of one row, up to which they are made at once and kept for backward. Not of a batch: the same row
 # must take the same way in batches of every size.
-SCORES_TO_KEEP = 2**18
+SCORES_TO_KEEP = 2**16
 
 
 def attention(
@@ -38,44 +40,85 @@ def attention(
     if groups != heads:
         k_BGSK = k_BGSK.repeat_interleave(heads // groups, 1)
         v_BGSK = v_BGSK.repeat_interleave(heads // groups, 1)
-    keys = k_BGSK.shape[2]
-    if q_BHTK.dtype is torch.bfloat16 and q_BHTK.device.type == "cpu" and queries * keys <= SCORES_TO_KEEP:
-        return apply(AttentionByProducts, q_BHTK, k_BGSK, v_BGSK, mask, causal)
+    if q_BHTK.dtype is torch.bfloat16 and q_BHTK.device.type == "cpu":
+        return apply(AttentionInBlocks, q_BHTK, k_BGSK, v_BGSK, mask, causal)
     return F.scaled_dot_product_attention(
         q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=causal and mask is None
     )
 
 
-class AttentionByProducts(torch.autograd.Function):
-    """Attention as batched products that keep the probabilities: (B, H, T, K), S keys, mask as in `attention`.
+class AttentionInBlocks(torch.autograd.Function):
+    """Attention as batched products, a block of queries at a time: (B, H, T, K), S keys, mask as in `attention`.
 
-    In bfloat16 on a CPU this takes half the time of SDPA's flash kernel, though the products make what a causal mask
-    then hides. It is less exact: scores and probabilities are rounded to bfloat16 before and after a softmax in
-    float32, so that a score of size s errs by up to s/512, as in transformers' eager attention. Measuring is in
-    float32, which does not come here. Every query has to see a key.
+    In bfloat16 on a CPU this takes half the time of SDPA's flash kernel. A block ends at the last key that a causal
+    mask lets it see. Probabilities are kept for backward where a row is one block (256 tokens); of more blocks they are
+    made again, one block's at a time.
+
+    It is less exact than SDPA: scores and probabilities are rounded to bfloat16 before and after a softmax in float32,
+    so that a score of size s errs by up to s/512, as in transformers' eager attention. Gradients of keys and values
+    are sums over up to eight blocks in bfloat16. Measuring is in float32, which does not come here. Every query has to
+    see a key.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        rows, heads, _, size = q.shape
+        rows, heads, queries, size = q.shape
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        probs = attention_weights(torch.bmm(q, k.mT), rows, mask, causal, size**-0.5)
-        ctx.save_for_backward(q, k, v, probs)
-        ctx.rows_and_heads, ctx.causal = (rows, heads), causal
-        y = torch.bmm(probs, v)
+        if mask is not None:
+            mask = mask.expand(*mask.shape[:-2], queries, k.shape[1])
+        y, probs = torch.empty_like(q), None
+        for block, seen, first in _blocks(queries, k.shape[1], causal):
+            scores = torch.bmm(q[:, block].contiguous(), k[:, seen].contiguous().mT)
+            probs = attention_weights(scores, rows, _part(mask, block, seen), first, size**-0.5)
+            y[:, block] = torch.bmm(probs, v[:, seen].contiguous())
+        keep = queries * k.shape[1] <= SCORES_TO_KEEP
+        ctx.save_for_backward(q, k, v, mask, probs if keep else None)
+        ctx.rows, ctx.causal = rows, causal
         return y.view(rows, heads, *y.shape[1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, probs = ctx.saved_tensors
-        grad = grad.flatten(0, 1)
-        d_v = torch.bmm(probs.mT, grad)
-        d_scores = torch.bmm(grad, v.mT)
-        d_scores = attention_weights_backward(d_scores, probs, ctx.causal, q.shape[-1] ** -0.5)
-        d_q, d_k = torch.bmm(d_scores, k), torch.bmm(d_scores.mT, q)
-        d_q, d_k, d_v = (d.view(*ctx.rows_and_heads, *d.shape[1:]) for d in (d_q, d_k, d_v))
+        q, k, v, mask, kept = ctx.saved_tensors
+        rows, heads, queries, size = grad.shape
+        grad, scale = grad.flatten(0, 1), size**-0.5
+        d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
+        for block, seen, first in _blocks(queries, k.shape[1], ctx.causal):
+            # Copies: products of strided parts take longer than these and the copying.
+            q_here, d_here = q[:, block].contiguous(), grad[:, block].contiguous()
+            k_seen, v_seen = k[:, seen].contiguous(), v[:, seen].contiguous()
+            if kept is None:
+                scores = torch.bmm(q_here, k_seen.mT)
+                probs = attention_weights(scores, rows, _part(mask, block, seen), first, scale)
+            else:
+                probs = kept
+            d_v_here = torch.bmm(probs.mT, d_here)
+            d_scores = attention_weights_backward(torch.bmm(d_here, v_seen.mT), probs, first, scale)
+            d_q[:, block] = torch.bmm(d_scores, k_seen)
+            d_k_here = torch.bmm(d_scores.mT, q_here)
+            if block.stop == queries:
+                d_k, d_v = d_k_here, d_v_here
+            else:
+                d_k[:, seen] += d_k_here
+                d_v[:, seen] += d_v_here
+        d_q, d_k, d_v = (d.view(rows, heads, *d.shape[1:]) for d in (d_q, d_k, d_v))
         return d_q, d_k, d_v, None, None
+
+
+def _blocks(queries: int, keys: int, causal: bool) -> Iterator[tuple[slice, slice, int | None]]:
+    """Queries of a block, the keys that they read, and if it is causal the position of the first one among these.
+
+    The last block comes first: it reads all keys.
+    """
+    size = queries if queries * keys <= SCORES_TO_KEEP else max(128, math.ceil(queries / 8))
+    for first in reversed(range(0, queries, size)):
+        last = first + size
+        seen = last if causal and last < queries else keys
+        yield slice(first, min(last, queries)), slice(0, seen), first if causal else None
+
+
+def _part(mask: Tensor | None, queries: slice, keys: slice) -> Tensor | None:
+    return None if mask is None else mask[..., queries, keys]
 
 
 def packed_mask(

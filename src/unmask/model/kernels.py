@@ -152,10 +152,13 @@ class SwiGLU(torch.autograd.Function):
         return d_gate, d_up
 
 
-def attention_weights(scores: Tensor, rows: int, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+def attention_weights(
+    scores: Tensor, rows: int, mask: Tensor | None, first: int | None, scale: float
+) -> Tensor:
     """softmax(scale · scores) over keys, in place of the scores (B·H, T, S) of B = `rows`.
 
-    `causal` and `mask`, bool and broadcastable to (B, 1, T, S), as in `attention`. Every query has to see a key.
+    `first`: query i sees keys up to first + i; None: all. `mask`, bool and broadcastable to (B, 1, T, S), as in
+    `attention`. Every query has to see a key.
     """
     batch, queries, keys = scores.shape
     heads = batch // max(1, rows)
@@ -168,18 +171,29 @@ def attention_weights(scores: Tensor, rows: int, mask: Tensor | None, causal: bo
         seen = None if mask is None else mask.contiguous()
         masks = 0 if seen is None else len(seen)
         native.call(
-            "attention_weights", scores.dtype, scores, scale, seen, masks, causal, rows, heads, queries, keys
+            "attention_weights",
+            scores.dtype,
+            scores,
+            scale,
+            seen,
+            masks,
+            -1 if first is None else first,
+            rows,
+            heads,
+            queries,
+            keys,
         )
         return scores
     scores.mul_(scale)
-    if causal:
-        scores += torch.full((queries, keys), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
+    if first is not None:
+        later = torch.full((queries, keys), -torch.inf, dtype=scores.dtype, device=scores.device)
+        scores += later.triu_(first + 1)
     if mask is not None:
         scores.view(rows, heads, queries, keys).masked_fill_(~mask, -torch.inf)
     return scores.softmax(-1)
 
 
-def attention_weights_backward(grad: Tensor, weights: Tensor, causal: bool, scale: float) -> Tensor:
+def attention_weights_backward(grad: Tensor, weights: Tensor, first: int | None, scale: float) -> Tensor:
     """The gradient of the scores from the weights' (B·H, T, S), which may be overwritten."""
     batch, queries, keys = weights.shape
     if native.takes(grad, weights) and grad.is_contiguous() and weights.is_contiguous():
@@ -189,7 +203,7 @@ def attention_weights_backward(grad: Tensor, weights: Tensor, causal: bool, scal
             grad,
             weights,
             scale,
-            causal,
+            -1 if first is None else first,
             batch * queries,
             queries,
             keys,

@@ -31,8 +31,8 @@ _FUNCTIONS = {
     "norm_rotate_backward": (*[_pointer] * 6, *[_long] * 5, *[_pointer] * 2),
     "swiglu": (*[_pointer] * 2, _long, _pointer),
     "swiglu_backward": (*[_pointer] * 3, _long, *[_pointer] * 2),
-    "attention_weights": (_pointer, _float, _pointer, _long, _bool, *[_long] * 4),
-    "attention_weights_backward": (_pointer, _pointer, _float, _bool, *[_long] * 3),
+    "attention_weights": (_pointer, _float, _pointer, *[_long] * 6),
+    "attention_weights_backward": (_pointer, _pointer, _float, *[_long] * 4),
     "cross_entropy": (_pointer, _pointer, _bool, _long, _long, _pointer),
 }
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}

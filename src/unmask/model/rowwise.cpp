@@ -192,7 +192,7 @@ inline long whole_vectors(long end, long limit) { return end + 15 < limit ? (end
 
 template <class T>
 void attention_weights(
-    T* scores, float scale, const uint8_t* mask, long mask_rows, bool causal, long batch, long heads, long queries,
+    T* scores, float scale, const uint8_t* mask, long mask_rows, long first, long batch, long heads, long queries,
     long keys) {
 #pragma omp parallel if (batch * heads * queries * keys > small)
     {
@@ -200,7 +200,7 @@ void attention_weights(
 #pragma omp for
         for (long row = 0; row < batch * heads * queries; row++) {
             const long q = row % queries, b = row / (queries * heads);
-            const long last = causal ? q : keys - 1, end = whole_vectors(last + 1, keys);
+            const long last = first < 0 ? keys - 1 : first + q, end = whole_vectors(last + 1, keys);
             const uint8_t* seen = mask ? mask + ((mask_rows > 1 ? b : 0) * queries + q) * keys : nullptr;
             T* p = scores + row * keys;
             float most = -INFINITY, sum = 0;
@@ -229,10 +229,11 @@ void attention_weights(
 
 template <class T>
 void attention_weights_backward(
-    T* grad, const T* weights, float scale, bool causal, long rows, long queries, long keys) {
+    T* grad, const T* weights, float scale, long first, long rows, long queries, long keys) {
 #pragma omp parallel for if (rows * keys > small)
     for (long row = 0; row < rows; row++) {
-        const long end = causal ? whole_vectors(row % queries + 1, keys) : keys;  // weights are 0 beyond their row's
+        // Weights are 0 beyond their row's end.
+        const long end = first < 0 ? keys : whole_vectors(first + row % queries + 1, keys);
         T* d = grad + row * keys;
         const T* p = weights + row * keys;
         float dot = 0;
@@ -301,15 +302,16 @@ void cross_entropy(T* logits, const int64_t* targets, bool slope, long rows, lon
     void swiglu_backward_##name(const T* grad, const T* gate, const T* up, long n, T* d_gate, T* d_up) {              \
         swiglu_backward(grad, gate, up, n, d_gate, d_up);                                                             \
     }                                                                                                                 \
-    /* scores (B, H, T, S) -> softmax of scale · scores, in place; mask (1 or B, T, S) or null */                     \
-    void attention_weights_##name(T* scores, float scale, const uint8_t* mask, long mask_rows, bool causal,           \
+    /* scores (B, H, T, S) -> softmax of scale · scores, in place; mask (1 or B, T, S) or null; query i sees keys up  \
+       to first + i, or all if first is -1 */                                                                         \
+    void attention_weights_##name(T* scores, float scale, const uint8_t* mask, long mask_rows, long first,            \
                                   long batch, long heads, long queries, long keys) {                                  \
-        attention_weights(scores, scale, mask, mask_rows, causal, batch, heads, queries, keys);                       \
+        attention_weights(scores, scale, mask, mask_rows, first, batch, heads, queries, keys);                       \
     }                                                                                                                 \
     /* grad (R, S) of the weights -> of the scores, in place */                                                       \
-    void attention_weights_backward_##name(T* grad, const T* weights, float scale, bool causal, long rows,            \
+    void attention_weights_backward_##name(T* grad, const T* weights, float scale, long first, long rows,             \
                                            long queries, long keys) {                                                 \
-        attention_weights_backward(grad, weights, scale, causal, rows, queries, keys);                                \
+        attention_weights_backward(grad, weights, scale, first, rows, queries, keys);                                 \
     }                                                                                                                 \
     /* logits (R, V) -> losses (R) in nats; with `slope` the logits become softmax less one-hot */                    \
     void cross_entropy_##name(T* logits, const int64_t* targets, bool slope, long rows, long vocabulary,              \
