@@ -1,0 +1,307 @@
+"""Held-out loss at equal wall time: this project's base at depth 6, and peers that are given more time.
+
+    python bench/learning.py --text FOLDER --minutes 10 --nanogpt-dir CLONE --nanochat-dir CLONE
+
+Steps of all of them are timed in turn, so that what else the machine does falls on all alike. Then each trains for as
+many steps as it takes in its time, nanoGPT twice as many minutes, nanochat one and a half times. All read batches of
+16 rows of 256 tokens of the same text in the same order, in bfloat16 where the processor has it, with what their
+authors set for small models and the schedule stretched to the steps. Time for compiling and measuring is not counted.
+One JSON line each: nats a token on the same held-out rows, and how much more than ours, with a 95 % interval over rows.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from harness import say
+from torch import Tensor
+
+from unmask.model.config import ModelConfig
+from unmask.model.decoder import Decoder
+from unmask.model.loss import token_log_probs
+from unmask.progress import Progress
+from unmask.recipe.derive import pretraining_rates
+from unmask.stages import pretrain
+from unmask.stages.batches import drawn
+from unmask.text.shards import Shards, build
+from unmask.text.sources import held_out, read_texts
+from unmask.text.tokenizer import Tokenizer
+from unmask.training import loop, machine
+from unmask.training.optimizer import Optimizer, OptimizerSettings
+
+LENGTH, ROWS = 256, 16
+HELD = 256  # rows that are measured
+TIME = {"unmask": 1.0, "nanogpt": 2.0, "nanochat": 1.5}
+
+
+class Text(NamedTuple):
+    """Shards to train on, held-out rows (HELD, LENGTH + 1) of different documents in turn, and the embedding's rows."""
+
+    train: Shards
+    held: Tensor
+    vocabulary: int
+    end_of_text: int
+
+
+def read(path: str, vocabulary: int, directory: Path) -> Text:
+    """Tokens of a source, a twentieth of its documents held out."""
+    texts = list(read_texts(path))
+    kept = [text for text in texts if not held_out(text, 0.05)]
+    tokenizer = Tokenizer.train((text[:20_000] for text in kept), vocabulary)
+    train = build(directory / "train", kept, tokenizer)
+    others = build(directory / "held", [text[:20_000] for text in texts if held_out(text, 0.05)], tokenizer)
+    there = others.rows(LENGTH)
+    rows = [others.row(i * there // HELD, LENGTH) for i in range(HELD)]
+    return Text(train, torch.from_numpy(np.stack(rows)), tokenizer.rows, tokenizer.end_of_text)
+
+
+def stage(
+    text: Text, tokens: int, depth: int = 6, seed: int = 0, **rates: float
+) -> tuple[Decoder, loop.Objective, Optimizer]:
+    """This project's base, with the rates that a recipe leaves to be derived, or with given ones."""
+    device = machine.pick_device()
+    rates = pretraining_rates(depth) | rates
+    return pretrain.stage(
+        ModelConfig.from_depth(depth, vocabulary=text.vocabulary, context=LENGTH),
+        [pretrain.Source("text", text.train, 1.0)],
+        length=LENGTH,
+        tokens=tokens,
+        batch_tokens=ROWS * LENGTH,
+        micro_tokens=ROWS * LENGTH,
+        end_of_text=text.end_of_text,
+        settings=OptimizerSettings(lr=rates["lr"], matrix_lr=rates["matrix_lr"]),
+        dtype=machine.compute_dtype(device),
+        device=device,
+        seed=seed,
+    )
+
+
+def trained(model: Decoder, objective: loop.Objective, optimizer: Optimizer, seed: int = 0) -> float:
+    """Train by the loop, with the schedule that recipes have by default; the seconds that it took."""
+    total = objective.steps * objective.tokens_per_step
+    settings = loop.Settings(0.02 * total, 0.5 * total, snapshot_seconds=1e9, seed=seed)
+    with tempfile.TemporaryDirectory() as work:
+        return loop.train(
+            model, objective, optimizer, settings, Path(work), Progress(quiet=True), "base"
+        ).seconds
+
+
+@torch.no_grad()
+def held_losses(model: Decoder, text: Text) -> Tensor:
+    """Nats a token of each held-out row, (HELD,), in the model's own precision."""
+    losses = []
+    for rows in torch.split(text.held.to(model.head.device), 32):
+        hidden = model.hidden(rows[:, :-1]).flatten(0, 1)
+        losses.append(-token_log_probs(hidden, model.head, rows[:, 1:].flatten()).view(len(rows), -1).mean(1))
+    return torch.cat(losses).cpu()
+
+
+class Contender(NamedTuple):
+    """One training step, with the number of the step and how many there are; and nats a token of each held-out row."""
+
+    step: Callable[[int, int], object]
+    held_losses: Callable[[], Tensor]
+
+
+def batch(text: Text, step: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (ROWS, LENGTH): the rows that this project's step of the same number reads."""
+    sizes = [text.train.rows(LENGTH)]
+    rows = np.stack([text.train.row(row, LENGTH) for _, row in drawn(step, ROWS, sizes, [1.0], seed=0)])
+    ids = torch.from_numpy(rows)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def unmask(text: Text) -> Contender:
+    """Only to time its steps: it is trained by the loop."""
+    model, objective, optimizer = stage(text, 2**30)
+    return Contender(
+        lambda number, steps: loop.train_step(objective, optimizer, number, 0.0, 1.0),
+        lambda: held_losses(model, text),
+    )
+
+
+def nanogpt(text: Text, clone: str) -> Contender:
+    """train.py with config/train_shakespeare_char.py, its author's for small models, but no dropout: one epoch."""
+    sys.path.insert(0, clone)
+    from model import GPT, GPTConfig
+
+    with redirect_stdout(sys.stderr):
+        model: Any = GPT(
+            GPTConfig(
+                block_size=LENGTH,
+                vocab_size=text.vocabulary,
+                n_layer=6,
+                n_head=4,
+                n_embd=256,
+                dropout=0.0,
+                bias=False,
+            )
+        )
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+    compiled: Any = torch.compile(model)
+    warmup, lr, least = 100, 1e-3, 1e-4
+
+    def step(number: int, steps: int) -> None:
+        done = (number - warmup) / max(1, steps - warmup)
+        now = lr * (number + 1) / (warmup + 1) if number < warmup else least
+        if number >= warmup:
+            now += 0.5 * (1 + math.cos(math.pi * done)) * (lr - least)
+        for group in optimizer.param_groups:
+            group["lr"] = now
+        with torch.autocast("cpu", torch.bfloat16):
+            _, loss = compiled(*batch(text, number))
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def losses() -> Tensor:
+        model.eval()
+        return _losses(lambda inputs, targets: model(inputs, targets)[0], text)
+
+    return Contender(step, losses)
+
+
+def nanochat(text: Text, clone: str) -> Contender:
+    """scripts/base_train.py with its defaults, and what it derives from a batch of 4,096 tokens and the steps."""
+    os.environ["NANOCHAT_DTYPE"] = "bfloat16"
+    sys.path.insert(0, clone)
+    from nanochat.gpt import GPT, GPTConfig
+
+    def made(layers: int, width: int, vocabulary: int, heads: int) -> Any:
+        return GPT(
+            GPTConfig(
+                sequence_len=LENGTH,
+                vocab_size=vocabulary,
+                n_layer=layers,
+                n_head=heads,
+                n_kv_head=heads,
+                n_embd=width,
+                window_pattern="L",
+            )
+        )
+
+    def scaling(model: Any) -> int:
+        counts = model.num_scaling_params()
+        return int(counts["transformer_matrices"] + counts["lm_head"])
+
+    with redirect_stdout(sys.stderr):
+        with torch.device("meta"):
+            reference = scaling(made(12, 768, text.vocabulary, 6))
+            model: Any = made(6, 256, text.vocabulary, 4)
+        model.to_empty(device="cpu")
+        model.init_weights()
+        share = (ROWS * LENGTH / 2**19) ** 0.5
+        decay = 0.28 * share * reference / scaling(model)
+        optimizer = model.setup_optimizer(
+            unembedding_lr=0.008 * share,
+            embedding_lr=0.3 * share,
+            scalar_lr=0.5 * share,
+            matrix_lr=0.02 * share,
+            weight_decay=decay,
+        )
+    compiled: Any = torch.compile(model, dynamic=False)
+
+    def step(number: int, steps: int) -> None:
+        down = round(0.65 * steps)
+        left = min(1.0, (steps - number) / max(1, down))
+        scale = (number + 1) / 40 if number < 40 else left + (1 - left) * 0.05
+        momentum = 0.85 + 0.12 * min(1.0, number / 400) if number < 400 else 0.90 + 0.07 * left
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+            if group["kind"] == "muon":
+                group["momentum"] = momentum
+                group["weight_decay"] = decay * 0.5 * (1 + math.cos(math.pi * number / steps))
+        torch.autograd.backward(compiled(*batch(text, number)))
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    def losses() -> Tensor:
+        return _losses(lambda inputs, targets: model(inputs), text)
+
+    return Contender(step, losses)
+
+
+@torch.no_grad()
+def _losses(logits: Callable[[Tensor, Tensor], Tensor], text: Text) -> Tensor:
+    """Nats a token of each held-out row, from logits in float32."""
+    losses = []
+    for rows in torch.split(text.held, 32):
+        log_p = logits(rows[:, :-1], rows[:, 1:]).float().log_softmax(-1)
+        losses.append(-log_p.gather(2, rows[:, 1:, None])[..., 0].mean(1))
+    return torch.cat(losses)
+
+
+def seconds_a_step(contenders: dict[str, Contender], rounds: int) -> dict[str, float]:
+    """Medians of steps that are done in turn, after three that compile and allocate. The models are thrown away."""
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 3):
+        for name, contender in contenders.items():
+            start = time.perf_counter()
+            contender.step(number, rounds + 3)
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each[3:]) for name, each in taken.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--text", default="sotu", help="a source as a recipe names them")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--nanogpt-dir", help="a clone of karpathy/nanoGPT")
+    parser.add_argument("--nanochat-dir", help="a clone of karpathy/nanochat")
+    parser.add_argument("--rounds", type=int, default=20, help="steps of each that are timed")
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    options = parser.parse_args()
+    makers: dict[str, Callable[[Text], Contender]] = {"unmask": unmask}
+    if options.nanogpt_dir:
+        makers["nanogpt"] = lambda text: nanogpt(text, options.nanogpt_dir)
+    if options.nanochat_dir:
+        makers["nanochat"] = lambda text: nanochat(text, options.nanochat_dir)
+    machine.keep_large_blocks()
+    with tempfile.TemporaryDirectory() as directory:
+        text = read(options.text, options.vocabulary, Path(directory))
+        taken = seconds_a_step({name: make(text) for name, make in makers.items()}, options.rounds)
+        reference: Tensor | None = None
+        for name, make in makers.items():
+            minutes = options.minutes * TIME[name]
+            steps = max(1, round(60 * minutes / taken[name]))
+            if name == "unmask":
+                model, objective, optimizer = stage(text, steps * ROWS * LENGTH)
+                trained(model, objective, optimizer)
+                losses = held_losses(model, text)
+                reference = losses
+            else:
+                contender = make(text)
+                for number in range(steps):
+                    contender.step(number, steps)
+                losses = contender.held_losses()
+            assert reference is not None
+            difference = losses - reference
+            half = 1.96 * float(difference.std()) / len(difference) ** 0.5
+            say(
+                "learning",
+                model=name,
+                minutes=minutes,
+                seconds_a_step=taken[name],
+                steps=steps,
+                tokens=steps * ROWS * LENGTH,
+                nats_a_token=float(losses.mean()),
+                rows=len(losses),
+                above_ours=[float(difference.mean()) + sign * half for sign in (-1, 0, 1)],
+            )
+
+
+if __name__ == "__main__":
+    main()
