@@ -41,20 +41,23 @@ def block_mask(
     blocks = -(-tokens // BLOCK)
     at = torch.arange(blocks, device=device)
     ahead = (at[:, None] - at[None, :])[None]  # blocks between query and key: (1, blocks, blocks)
-    some, every = ahead >= 0, ahead > 0
+    # A last block that is not filled is never whole: nothing is known of what lies beyond.
+    some, every = ahead >= 0, (ahead > 0) & (at < tokens // BLOCK)[:, None]
     if window is not None:
         some = some & ((ahead - 1) * BLOCK + 1 < window)  # first query of the one, last key of the other
         every = every & ((ahead + 1) * BLOCK - 1 < window)
     if documents_BT is not None:
-        # What the last block lacks is a document of its own, so that this block is never whole.
-        padded = functional.pad(documents_BT, (0, blocks * BLOCK - tokens), value=-2)
-        least, greatest = padded.unflatten(1, (blocks, BLOCK)).aminmax(dim=2)
+        padded = functional.pad(documents_BT, (0, blocks * BLOCK - tokens), value=-1)
+        least, greatest = padded.reshape(-1, blocks, BLOCK).aminmax(dim=2)
         meet = (least[:, :, None] <= greatest[:, None, :]) & (least[:, None, :] <= greatest[:, :, None])
         one = (least[:, :, None] == greatest[:, None, :]) & (greatest[:, :, None] == least[:, None, :])
         some, every = some & meet, every & one
-    partly, wholly = ((some & ~every)[:, None], every[:, None])
     return BlockMask.from_kv_blocks(
-        *_ordered(partly), *_ordered(wholly), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
+        *_ordered((some & ~every)[:, None]),
+        *_ordered(every[:, None]),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(tokens, tokens),
     )
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from unmask.model.attention import SCORES_TO_KEEP
 from unmask.model.config import ModelConfig
 from unmask.model.decoder import Decoder
-from unmask.model.loss import LOGITS_AT_ONCE
+from unmask.model.loss import rows_at_once
 from unmask.model.native import built
 from unmask.model.scorer import Scorer
 
@@ -76,5 +76,6 @@ def training_bytes(
         kept += config.num_attention_heads * length
     layers = config.num_hidden_layers
     read = micro_tokens * size * (layers * config.hidden_size + kept if recompute else layers * kept)
-    chunk = min(1024 * config.vocab_size, LOGITS_AT_ONCE) * (size if compiled else 2 * size + 4)
+    rows = min(micro_tokens, rows_at_once(config.vocab_size, cpu))
+    chunk = rows * config.vocab_size * (size if compiled else 2 * size + 4)
     return held + read + (0 if config.is_scorer else chunk)

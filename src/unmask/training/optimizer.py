@@ -125,8 +125,10 @@ class Optimizer:
 
     @torch.no_grad()
     def _round_into_copies(self) -> None:
-        for name, parameter in self._copies.items():
-            parameter.copy_(self.masters[name])
+        if self._copies:
+            torch._foreach_copy_(
+                list(self._copies.values()), [self.masters[name] for name in self._copies]
+            )  # few kernels on a GPU
 
 
 def _hand_over(master: Tensor, parameter: Tensor) -> None:
