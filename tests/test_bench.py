@@ -65,23 +65,9 @@ class GPT(torch.nn.Module):
 
 def test_the_gpu_benchmark_runs_on_a_cpu_too_in_turn_with_a_clone_of_nanogpt(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(PEER, "utf-8")  # what it calls of nanoGPT
-    sizes = [
-        "--layers",
-        "2",
-        "--width",
-        "64",
-        "--vocabulary",
-        "128",
-        "--length",
-        "32",
-        "--rows",
-        "2",
-        "--rounds",
-        "2",
-        "--steps",
-        "1",
-    ]
-    command = [sys.executable, BENCH / "gpu.py", "--device", "cpu", "--nanogpt-dir", tmp_path, *sizes]
+    sizes = {"layers": 2, "width": 64, "vocabulary": 128, "length": 32, "rows": 2, "rounds": 2, "steps": 1}
+    options = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    command = [sys.executable, BENCH / "gpu.py", "--device", "cpu", "--nanogpt-dir", tmp_path, *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
