@@ -56,9 +56,9 @@ def training_bytes(
     Each weight: 4 bytes of master, 4 of gradient, 8 of AdamW's state (4 of Muon's for matrices inside layers), and a
     copy where the dtype is narrower. Each token of a micro-batch: what layers keep for backward, which is 4 vectors of
     the width, 7 of the heads, 3 of the hidden layer, and on a CPU each head's probabilities where attention keeps them.
-    And a chunk of logits (larger on a GPU), which become their slope in place. Without compiled kernels: one more vector
-    of the hidden layer, float32 copies of the logits, and on a CPU four more vectors of the width and eight of the heads. With
-    `recompute` layers keep one vector of the width each, and one layer at a time all of it.
+    And a chunk of logits (larger on a GPU), which become their slope in place. Without compiled kernels: a vector more
+    of the hidden layer, float32 copies of the logits, and on a CPU four more vectors of the width and eight of the
+    heads. With `recompute` layers keep one vector of the width each, and one layer at a time all of it.
     """
     size = dtype.itemsize
     weights, matrices = parameters(config), matrix_weights(config)

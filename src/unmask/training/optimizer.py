@@ -125,9 +125,8 @@ class Optimizer:
 
     @torch.no_grad()
     def _round_into_copies(self) -> None:
-        if self._copies:  # all at once: few kernels on a GPU
-            masters = [self.masters[name] for name in self._copies]
-            torch._foreach_copy_(list(self._copies.values()), masters)
+        for name, parameter in self._copies.items():
+            parameter.copy_(self.masters[name])
 
 
 def _hand_over(master: Tensor, parameter: Tensor) -> None:
