@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-gpu clean
 
 demo: .venv/demo
 	$(BIN)/unmask run tiny
@@ -22,6 +22,9 @@ bench: .venv/dev  # a few minutes; see bench/ for more
 	$(BIN)/python bench/generate.py --shape S --batch 16
 	$(BIN)/python bench/compare.py
 	$(BIN)/python bench/startup.py
+
+bench-gpu: .venv/dev  # on a CUDA device; NANOGPT=DIR, a clone of nanoGPT, is timed beside it
+	$(BIN)/python bench/gpu.py $(if $(NANOGPT),--nanogpt-dir $(NANOGPT))
 
 clean:
 	rm -rf .venv

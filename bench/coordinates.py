@@ -44,7 +44,9 @@ def moved(width: int, depth: int, steps: int, seed: int = 0) -> dict[str, float]
     for _ in range(steps):
         optimizer.zero_grad()
         hidden = model.hidden(ids[:, :-1]).flatten(0, 1)
-        torch.autograd.backward(cross_entropy_sum(hidden, model.head, ids[:, 1:].flatten()) / ids[:, 1:].numel())
+        torch.autograd.backward(
+            cross_entropy_sum(hidden, model.head, ids[:, 1:].flatten()) / ids[:, 1:].numel()
+        )
         optimizer.clip(1.0)
         optimizer.step(1.0)
     after = outputs(model, ids[:, :-1])

@@ -113,7 +113,10 @@ def test_bfloat16_hidden_states_give_a_float32_loss_and_bfloat16_gradients(
 
 
 def test_the_logits_of_a_chunk_are_bounded_whatever_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 100)
-    pieces = list(loss_module.chunks(7, 50, 1024))
-    assert pieces == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 7)]
-    assert list(loss_module.chunks(2, 1000, 1024)) == [slice(0, 1), slice(1, 2)]
+    hidden, head, *_ = inputs()
+    assert list(loss_module.chunks(hidden, head, 20)) == [slice(0, 20), slice(20, 37)]
+    assert list(loss_module.chunks(hidden, head, None)) == [slice(0, 37)]
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 2 * len(head))
+    assert list(loss_module.chunks(hidden[:3], head, None)) == [slice(0, 2), slice(2, 3)]
+    assert loss_module.rows_at_once(1000, cpu=True) == 1
+    assert loss_module.rows_at_once(50304, cpu=False) == 5336

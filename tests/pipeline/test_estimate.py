@@ -65,7 +65,7 @@ def test_an_accelerator_keeps_no_probabilities_whatever_this_machine_does() -> N
     for here, there in zip(
         estimate(recipe, torch.bfloat16), estimate(recipe, torch.bfloat16, cpu=False), strict=True
     ):
-        if here.stage == "base":  # its chunk of logits is larger there, in float32
+        if here.stage not in ("reward", "gold"):  # their chunks of logits are larger there
             continue
         assert there.bytes < here.bytes, here.stage
 

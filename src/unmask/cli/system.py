@@ -38,12 +38,16 @@ def doctor(
 ) -> None:
     """Say what is installed, which device and precision are used, and how to get what is missing."""
     from unmask.model import native
+    from unmask.model.compiled import lacking
     from unmask.training import machine
 
     out = console()
     out.print(f"unmask {unmask.__version__} · Python {platform.python_version()} · {platform.platform()}")
     out.print(f"cores {os.cpu_count()} · used {machine.describe()}")
     out.print(f"row-wise kernels for the CPU: {native.built().words}")
+    if (device := machine.pick_device()).type == "cuda":
+        what = lacking(device)
+        out.print(f"blocks for the GPU: {f'not compiled, it lacks {what}' if what else 'by torch.compile'}")
     if measure:
         dtype = machine.compute_dtype(machine.pick_device(None))
         rate = machine.matmul_rate(dtype)

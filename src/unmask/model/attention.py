@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask
 
+from unmask.model import flex
 from unmask.model.kernels import apply, attention_weights, attention_weights_backward
 from unmask.model.precision import emulated
 
@@ -18,13 +20,20 @@ SCORES_TO_KEEP = 2**16
 
 
 def attention(
-    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None = None, causal: bool = False
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    mask: Tensor | BlockMask | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """softmax(q kᵀ / √K) v -> (B, H, T, K). H is a multiple of G: query heads share key heads in order.
 
     `causal`: position i sees keys up to i; a mask that is given too has to hide the others itself. `mask`: bool,
-    true where a query may see a key, broadcastable to (B, 1, T, S). Neither: every query sees every key.
+    true where a query may see a key, broadcastable to (B, 1, T, S), or the same by blocks, for compiled GPU code.
+    Neither: every query sees every key.
     """
+    if isinstance(mask, BlockMask):
+        return flex.attention(q_BHTK, k_BGSK, v_BGSK, mask)
     if emulated(q_BHTK):
         return attention(q_BHTK.float(), k_BGSK.float(), v_BGSK.float(), mask, causal).to(q_BHTK.dtype)
     rows, heads, queries, size = q_BHTK.shape
@@ -37,13 +46,15 @@ def attention(
             scores = scores.masked_fill(~mask, float("-inf"))
         y: Tensor = scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v_BGSK
         return y.reshape(rows, heads, 1, size)
-    if groups != heads:
+    # The flash kernel of a GPU lets query heads share key heads; where others compute, each has its own.
+    shared = q_BHTK.is_cuda and q_BHTK.dtype is torch.bfloat16 and mask is None
+    if groups != heads and not shared:
         k_BGSK = k_BGSK.repeat_interleave(heads // groups, 1)
         v_BGSK = v_BGSK.repeat_interleave(heads // groups, 1)
     if q_BHTK.dtype is torch.bfloat16 and q_BHTK.device.type == "cpu":
         return apply(AttentionInBlocks, q_BHTK, k_BGSK, v_BGSK, mask, causal)
     return F.scaled_dot_product_attention(
-        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=causal and mask is None
+        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=shared
     )
 
 

@@ -5,16 +5,19 @@ and theirs here. Norms and rotations are in float32; the residual stream has the
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from unmask.model.attention import attention, cached_mask, packed_mask
 from unmask.model.cache import Cache
+from unmask.model.compiled import compiled
 from unmask.model.config import ModelConfig
+from unmask.model.flex import block_mask
 from unmask.model.kernels import norm_rotate, rms_norm, rotary_tables, swiglu
 from unmask.model.precision import linear
 from unmask.model.step import Step, worth_packing
@@ -74,9 +77,9 @@ def at(x_BTD: Tensor, at_N: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         width, size = config.hidden_size, config.head_dim
         self.q_proj = Linear(width, config.num_attention_heads * size, config.qkv_bias)
         self.k_proj = Linear(width, config.num_key_value_heads * size, config.qkv_bias)
@@ -93,12 +96,12 @@ class Attention(nn.Module):
         )
         q, keys = self._placed(q, self.q_norm, where), self._placed(k, self.k_norm, where)
         values = v.transpose(1, 2)
-        if where.cache is not None:
-            k = keys.transpose(1, 2)
-            kept_keys, kept_values = where.cache.write(self.layer, k, v, where.positions_BT, where.reach)
-            if where.reach > tokens:  # else the cache was empty: the tokens at hand are all there is
+        if where.kept is not None:
+            cache, layer, positions_BT, reach = where.kept
+            kept_keys, kept_values = cache.write(layer, keys.transpose(1, 2), v, positions_BT, reach)
+            if reach > tokens:  # else the cache was empty: the tokens at hand are all there is
                 keys, values = kept_keys, kept_values
-        y = attention(q, keys, values, where.masks[self.layer], where.causal)
+        y = attention(q, keys, values, where.mask, where.causal)
         y = y.transpose(1, 2).reshape(rows, tokens, -1)
         written: Tensor = self.o_proj(y if at_N is None else at(y, at_N))
         return written
@@ -122,53 +125,80 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, where: "Where", at_N: Tensor | None = None) -> Tensor:
         """(B, T, D) → (B, T, D), or → (N, D) at these positions of the flattened (B·T)."""
+        # One function with the block as its argument: compiled once, for all layers of all models of this shape.
+        make = compiled(Block.made) if where.compiled else Block.made
+        y: Tensor = make(self, x, where, at_N)
+        return y
+
+    def made(self, x: Tensor, where: "Where", at_N: Tensor | None) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), where, at_N)
         x = (x if at_N is None else at(x, at_N)) + attended
         y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return y
 
 
-class Where:
-    """Where the tokens of one forward pass stand and what they may see: made once, read by every layer."""
+class Where(NamedTuple):
+    """Where the tokens of one forward pass stand, and what they may see in a layer: made once a pass for all layers.
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        frequencies: Tensor,
-        ids_BT: Tensor,
-        positions_BT: Tensor | None,
-        documents_BT: Tensor | None,
-        cache: Cache | None,
-    ) -> None:
-        tokens, device = ids_BT.shape[1], ids_BT.device
-        self.cache, self.reach, self.causal = cache, tokens, True
-        windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
-        masks: dict[int | None, Tensor | None] = {}
-        if cache is not None:
-            assert positions_BT is documents_BT is None, "a cache counts its own positions"
-            past = int(cache.lengths_B.max())
-            self.reach = past + tokens
-            assert self.reach <= cache.length, f"cache of {cache.length} positions cannot take {self.reach}"
-            positions_BT = cache.lengths_B[:, None] + torch.arange(tokens, device=device)
-            if past:
-                self.causal = False
-                masks = {window: cached_mask(positions_BT, self.reach, window) for window in set(windows)}
-        if positions_BT is None:
-            positions_BT = torch.arange(tokens, device=device)[None]
-        if self.causal:
-            masks = {window: packed_mask(tokens, window, documents_BT, device) for window in set(windows)}
-        self.positions_BT = positions_BT
-        self.masks = [masks[window] for window in windows]
-        self.cos, self.sin = rotary_tables(positions_BT, frequencies)
+    With `compiled` nothing in here tells one layer from another of the same window.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | BlockMask | None
+    causal: bool
+    compiled: bool
+    kept: tuple[Cache, int, Tensor, int] | None  # a cache, the layer in it, positions (B, T), how far is read
+
+
+def places(
+    config: ModelConfig,
+    frequencies: Tensor,
+    ids_BT: Tensor,
+    positions_BT: Tensor | None,
+    documents_BT: Tensor | None,
+    cache: Cache | None,
+    compiled: bool,
+) -> list[Where]:
+    """Of each layer."""
+    tokens, device = ids_BT.shape[1], ids_BT.device
+    past = reach = 0
+    if cache is not None:
+        assert positions_BT is documents_BT is None, "a cache counts its own positions"
+        past = int(cache.lengths_B.max())
+        reach = past + tokens
+        assert reach <= cache.length, f"cache of {cache.length} positions cannot take {reach}"
+        positions_BT = cache.lengths_B[:, None] + torch.arange(tokens, device=device)
+    if positions_BT is None:
+        positions_BT = torch.arange(tokens, device=device)[None]
+    windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
+    masks: dict[int | None, Tensor | BlockMask | None]
+    if past:
+        masks = {window: cached_mask(positions_BT, reach, window) for window in set(windows)}
+    else:
+        packed = block_mask if compiled else packed_mask
+        masks = {window: packed(tokens, window, documents_BT, device) for window in set(windows)}
+    cos, sin = rotary_tables(positions_BT, frequencies)
+    return [
+        Where(
+            cos,
+            sin,
+            masks[window],
+            causal=not past,
+            compiled=compiled,
+            kept=None if cache is None else (cache, layer, positions_BT, reach),
+        )
+        for layer, window in enumerate(windows)
+    ]
 
 
 class Trunk(nn.Module):
@@ -178,11 +208,13 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.frequencies: Tensor | None = None
         # Activation checkpointing: layers keep their input alone, and run again in backward.
         self.recompute = False
+        # Blocks by torch.compile: for training on a GPU, whose kernels differ in the last bits from those that measure.
+        self.compiled = False
 
     def forward(
         self,
@@ -201,12 +233,14 @@ class Trunk(nn.Module):
             if cache.step is None:
                 cache.step = Step(self.config, dict(self.named_parameters()), self.frequencies)
             return cache.step.hidden(ids_BT[:, 0], cache)[:, None]
-        where = Where(self.config, self.frequencies, ids_BT, positions_BT, documents_BT, cache)
+        compiled = self.compiled and cache is None
+        *below, top = places(
+            self.config, self.frequencies, ids_BT, positions_BT, documents_BT, cache, compiled
+        )
         x = self.embed_tokens(ids_BT)
-        *below, top = self.layers
-        for block in below:
+        for block, where in zip(self.layers, below, strict=False):
             x = self._through(block, x, where)
-        x = self._through(top, x, where, at_N)
+        x = self._through(self.layers[-1], x, top, at_N)
         normed: Tensor = self.norm(x)
         return normed
 

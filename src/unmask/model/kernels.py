@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unmask.model import native
+from unmask.model.compiled import compiled, compiles
 from unmask.model.precision import wide
 
 
@@ -239,12 +240,17 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor, slope: bool) -> tuple[Te
             losses_N,
         )
         return losses_N, logits_NV if slope else None
-    targets = targets_N[:, None]
+    plain = compiled(_cross_entropy) if compiles(logits_NV.device) else _cross_entropy
+    losses_N, slope_NV = plain(logits_NV, targets_N, slope)
+    return losses_N, slope_NV
+
+
+def _cross_entropy(logits_NV: Tensor, targets_N: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
     log_probs = wide(logits_NV).log_softmax(-1)
-    losses_N = -log_probs.gather(1, targets)[:, 0]
+    losses_N = -log_probs.gather(1, targets_N[:, None])[:, 0]
     if not slope:
         return losses_N, None
-    probs = log_probs.exp_()
-    return losses_N, probs.scatter_add_(1, targets, probs.new_full((len(targets), 1), -1.0)).to(
-        logits_NV.dtype
-    )
+    # Not scattered into place: a compiler makes this comparison while it writes the slope.
+    columns = torch.arange(logits_NV.shape[1], device=logits_NV.device)
+    slope_NV = log_probs.exp_().add_(columns == targets_N[:, None], alpha=-1)
+    return losses_N, slope_NV.to(logits_NV.dtype)

@@ -10,14 +10,20 @@ from torch.autograd.function import once_differentiable
 from unmask.model.kernels import apply, cross_entropy
 from unmask.model.precision import emulated, linear
 
-# Rows of a chunk are cut so that its logits take at most 128 MB in float32, however large the vocabulary.
-LOGITS_AT_ONCE = 2**25
+# Rows of a chunk are cut so that its logits are at most so many numbers, however large the vocabulary: on a CPU 128 MB
+# in float32. A GPU would wait for memory with so few: each chunk reads and writes the float32 gradient of the head.
+LOGITS_AT_ONCE, LOGITS_AT_ONCE_ON_GPU = 2**25, 2**28
 
 
-def chunks(rows: int, vocabulary: int, chunk: int) -> Iterator[slice]:
-    step = max(1, min(chunk, LOGITS_AT_ONCE // vocabulary))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+def rows_at_once(vocabulary: int, cpu: bool) -> int:
+    return max(1, min(1024, LOGITS_AT_ONCE // vocabulary) if cpu else LOGITS_AT_ONCE_ON_GPU // vocabulary)
+
+
+def chunks(hidden_ND: Tensor, head_VD: Tensor, chunk: int | None) -> Iterator[slice]:
+    """Rows of hidden states, `chunk` at a time, or as many as suit the head and the device."""
+    step = chunk or rows_at_once(head_VD.shape[0], head_VD.device.type == "cpu")
+    for start in range(0, len(hidden_ND), step):
+        yield slice(start, min(start + step, len(hidden_ND)))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -27,13 +33,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 class CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int | None) -> Tensor:
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         need_hidden, need_head = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden_ND) if need_hidden else None
         d_head = torch.zeros_like(head_VD, dtype=exact) if need_head else None
         total = torch.zeros((), dtype=exact, device=hidden_ND.device)
-        for rows in chunks(hidden_ND.shape[0], head_VD.shape[0], chunk):
+        for rows in chunks(hidden_ND, head_VD, chunk):
             hidden, targets = hidden_ND[rows], targets_N[rows]
             logits = linear(hidden, head_VD)
             losses, slope = cross_entropy(logits, targets, slope=need_hidden or need_head)
@@ -59,7 +65,9 @@ class CrossEntropySum(torch.autograd.Function):
         )
 
 
-def cross_entropy_sum(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int = 1024) -> Tensor:
+def cross_entropy_sum(
+    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int | None = None
+) -> Tensor:
     """Σ_n −log softmax(logits_n)[target_n] in nats: a float32 SUM, to be divided by global counts.
 
     The gradient is made in forward, chunk by chunk, where the logits are at hand. Rows that do not count are
@@ -70,12 +78,12 @@ def cross_entropy_sum(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chu
 
 class TokenLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int | None) -> Tensor:
         ctx.save_for_backward(hidden_ND, head_VD, targets_N)
         ctx.chunk = chunk
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         out = torch.empty(hidden_ND.shape[0], dtype=exact, device=hidden_ND.device)
-        for rows in chunks(hidden_ND.shape[0], head_VD.shape[0], chunk):
+        for rows in chunks(hidden_ND, head_VD, chunk):
             losses, _ = cross_entropy(linear(hidden_ND[rows], head_VD), targets_N[rows], slope=False)
             out[rows] = -losses
         return out
@@ -87,7 +95,7 @@ class TokenLogProbs(torch.autograd.Function):
         need_hidden, need_head = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden_ND) if need_hidden else None
         d_head = torch.zeros_like(head_VD, dtype=grad_N.dtype) if need_head else None
-        for rows in chunks(hidden_ND.shape[0], head_VD.shape[0], ctx.chunk):
+        for rows in chunks(hidden_ND, head_VD, ctx.chunk):
             # A row's slope is multiplied by its gradient after the product with the head, and before the one with the
             # hidden states: a row of those is short, one of the slope as long as the vocabulary.
             hidden, grad = hidden_ND[rows], grad_N[rows, None]
@@ -100,6 +108,8 @@ class TokenLogProbs(torch.autograd.Function):
         return d_hidden, None if d_head is None else d_head.to(head_VD.dtype), None, None
 
 
-def token_log_probs(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int = 1024) -> Tensor:
+def token_log_probs(
+    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int | None = None
+) -> Tensor:
     """log softmax(logits)[target] in nats, float32 (N,); backward makes the logits again."""
     return apply(TokenLogProbs, hidden_ND, head_VD, targets_N, chunk)

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from unmask.errors import UserError
 from unmask.files import read_json_lines, write_atomic
 from unmask.lineage import Checkpoint, write_checkpoint
+from unmask.model.compiled import compiles, lacking
 from unmask.model.decoder import Trunk
 from unmask.pipeline import jobs
 from unmask.pipeline.jobs import Job, Place
@@ -31,6 +32,9 @@ MADE_FROM = {"sft": ("base",), "reward": ("sft",), "gold": ("sft",), "rl": ("sft
 MEASURED = ("summary.json", "findings.jsonl", "blame.json", "report.html")  # they speak of the old stages
 RATE = "matmul_flops_per_second"  # of the machine, measured before each stage: another process may load it at times
 DECIDES_NOTHING = ("snapshot_seconds", "recompute")  # when is saved, and in how much memory
+# By kind, on a GPU. Not PPO: its ratios are to start at 1 and its divergence from SFT at 0, so that what learns has to
+# read with the very kernels of what was frozen or is not learning yet; and most of its time goes into answers.
+COMPILED = ("pretrain", "sft", "reward")
 SHARED = ("seed", "depth", "context", "heldout", "tokenizer", "facts")
 
 
@@ -72,6 +76,10 @@ class Builder:
         return prepare(self.recipe, self.directory / "data", self.progress)
 
     def build(self, prepared: Prepared) -> Built:
+        if self.device.type == "cuda" and (what := lacking(self.device)):
+            self.progress.line(
+                f"nothing is compiled for the GPU, which makes training slower: it lacks {what}"
+            )
         place = Place(self.recipe, prepared, self.device, self.progress, self.ranks)
         base = self._stage("base", "pretrain", None, lambda: jobs.pretraining(place), prepared)
         mask = self._stage("sft", "sft", base, lambda: jobs.imitation(place, base), prepared)
@@ -206,8 +214,10 @@ class Builder:
             return self._kept(path, parent, inputs or {}, prepared)
         started = time.monotonic()
         stage = job()
-        for trunk in (module for module in stage.model.modules() if isinstance(module, Trunk)):
+        trunks = [module for module in stage.model.modules() if isinstance(module, Trunk)]
+        for trunk in trunks:
             trunk.recompute = getattr(self.recipe, SECTIONS[name]).recompute
+            trunk.compiled = kind in COMPILED and compiles(self.device)
         setup = time.monotonic() - started
         rate = machine.matmul_rate(machine.compute_dtype(self.device), device=self.device)
         if self.ranks.leader:
@@ -223,6 +233,8 @@ class Builder:
             stage.shown,
             self.ranks,
         )
+        for trunk in trunks:
+            trunk.compiled = False
         with self.ranks.leader_first():
             if self.ranks.leader:
                 model, metrics = stage.finish(outcome)

@@ -49,6 +49,13 @@ def by_length(lengths: Sequence[int], most_tokens: int, rows: Sequence[int] | No
     return groups
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. A GPU fetches it from pinned memory while the CPU goes on."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids (B, T) with T the longest row, and lengths (B,), both int64.
 
@@ -60,7 +67,7 @@ def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     for row, tokens in zip(ids, rows, strict=True):
         row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-    return ids.to(device), lengths.to(device)
+    return sent(ids, device), sent(lengths, device)
 
 
 def fingerprint(rows: Iterable[Sequence[int]]) -> str:

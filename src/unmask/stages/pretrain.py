@@ -12,7 +12,7 @@ from unmask.files import hash_json
 from unmask.model.config import ModelConfig
 from unmask.model.decoder import Decoder
 from unmask.model.loss import cross_entropy_sum
-from unmask.stages.batches import drawn
+from unmask.stages.batches import drawn, sent
 from unmask.text.shards import Shards
 from unmask.training.optimizer import Optimizer, OptimizerSettings
 
@@ -80,7 +80,7 @@ class Pretraining:
                 for source, row in drawn(step, self.batch_rows, self.sizes, shares, self.seed)
             ]
         )
-        ids = torch.from_numpy(rows).to(self.model.head.device)
+        ids = sent(torch.from_numpy(rows), self.model.head.device)
         return [ids[start : start + self.micro_rows] for start in range(0, len(ids), self.micro_rows)]
 
     def counts(self, batch: Tensor) -> dict[str, int]:

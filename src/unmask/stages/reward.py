@@ -19,7 +19,7 @@ from unmask.files import hash_json
 from unmask.model.decoder import Decoder
 from unmask.model.scorer import Scorer
 from unmask.stages import examples
-from unmask.stages.batches import by_length, fingerprint, pad_right
+from unmask.stages.batches import by_length, fingerprint, pad_right, sent
 from unmask.stages.objectives import bradley_terry
 from unmask.text.chat import Rendered, render
 from unmask.text.preferences import similar_batches
@@ -131,7 +131,7 @@ class Preference:
         pairs = [
             (at + a, at + b) for at, ranking in zip(starts, rankings, strict=False) for a, b in ranking.better
         ]
-        chosen_P, rejected_P = torch.tensor(pairs, dtype=torch.int64, device=device).T
+        chosen_P, rejected_P = sent(torch.tensor(pairs, dtype=torch.int64).T.contiguous(), device)
         return RankingBatch(*pad_right(rows, device), chosen_P, rejected_P, sum(map(len, rows)))
 
     def counts(self, batch: RankingBatch) -> dict[str, int]:

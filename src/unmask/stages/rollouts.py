@@ -16,7 +16,7 @@ from unmask.generation.engine import Answer, generate
 from unmask.model.decoder import Decoder
 from unmask.model.loss import token_log_probs
 from unmask.model.scorer import Scorer
-from unmask.stages.batches import drawn, fingerprint, pad_right
+from unmask.stages.batches import drawn, fingerprint, pad_right, sent
 from unmask.stages.reward import scores
 
 
@@ -196,8 +196,8 @@ def actions(rollout: Rollout, rows: Sequence[int], device: torch.device) -> Acti
     taken = [token for answer in answers for token in answer]
     return Actions(
         ids_BT,
-        torch.tensor(before, device=device),
-        torch.tensor(taken, device=device),
+        sent(torch.tensor(before), device),
+        sent(torch.tensor(taken), device),
         sum(map(len, read)),
     )
 

@@ -10,7 +10,7 @@ from unmask.errors import UserError
 from unmask.files import hash_json
 from unmask.model.decoder import Decoder
 from unmask.model.loss import cross_entropy_sum
-from unmask.stages.batches import drawn
+from unmask.stages.batches import drawn, sent
 from unmask.text.chat import Rendered
 from unmask.text.packing import Packed, pack
 from unmask.text.sources import Dropped
@@ -118,11 +118,11 @@ class Imitation:
         targets_N = targets_BT.flatten()[before_N]
         device = self.model.head.device
         return Batch(
-            ids_BT.to(device),
-            positions_BT.to(device),
-            documents_BT[:, :end].to(device),
-            before_N.to(device),
-            targets_N.to(device),
+            sent(ids_BT, device),
+            sent(positions_BT, device),
+            sent(documents_BT[:, :end], device),
+            sent(before_N, device),
+            sent(targets_N, device),
             int(real_B.sum()),
         )
 

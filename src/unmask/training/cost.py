@@ -6,7 +6,7 @@ from torch import nn
 from unmask.model.attention import SCORES_TO_KEEP
 from unmask.model.config import ModelConfig
 from unmask.model.decoder import Decoder
-from unmask.model.loss import LOGITS_AT_ONCE
+from unmask.model.loss import rows_at_once
 from unmask.model.native import built
 from unmask.model.scorer import Scorer
 
@@ -56,10 +56,10 @@ def training_bytes(
     Each weight: 4 bytes of master, 4 of gradient, 8 of AdamW's state (4 of Muon's for matrices inside layers), and a
     copy where the dtype is narrower. Each token of a micro-batch: what layers keep for backward, which is 4 vectors of
     the width, 7 of the heads, 3 of the hidden layer, and on a CPU each head's probabilities where attention keeps them
-    (rows of up to 256).
-    And a chunk of logits, which become their slope in place. Without compiled kernels: one more vector of the hidden
-    layer, float32 copies of the logits, and on a CPU four more vectors of the width and eight of the heads. With
-    `recompute` layers keep one vector of the width each, and one layer at a time all of it.
+    (rows of up to 256). And a chunk of logits (larger on a GPU), which become their slope in place. Without compiled
+    kernels: a vector more of the hidden layer, float32 copies of the logits, and on a CPU four more vectors of the
+    width and eight of the heads. With `recompute` layers keep one vector of the width each, and one layer at a time all
+    of it.
     """
     size = dtype.itemsize
     weights, matrices = parameters(config), matrix_weights(config)
@@ -77,5 +77,6 @@ def training_bytes(
         kept += config.num_attention_heads * length
     layers = config.num_hidden_layers
     read = micro_tokens * size * (layers * config.hidden_size + kept if recompute else layers * kept)
-    chunk = min(1024 * config.vocab_size, LOGITS_AT_ONCE) * (size if compiled else 2 * size + 4)
+    rows = min(micro_tokens, rows_at_once(config.vocab_size, cpu))
+    chunk = rows * config.vocab_size * (size if compiled else 2 * size + 4)
     return held + read + (0 if config.is_scorer else chunk)

@@ -73,13 +73,13 @@ def matmul_rate(dtype: torch.dtype, seconds: float = 0.3, device: torch.device |
     n = 1024 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = a @ b
-    _synchronize(device)
+    synchronize(device)
     best = float("inf")
     end = time.monotonic() + seconds
     while time.monotonic() < end or best == float("inf"):
         start = time.perf_counter()
         torch.mm(a, b, out=out)
-        _synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
 
@@ -131,7 +131,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what was begun there."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

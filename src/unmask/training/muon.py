@@ -1,6 +1,6 @@
 """Muon: momentum, made orthogonal, for the matrices inside layers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -56,20 +56,20 @@ class Muon:
     @torch.no_grad()
     def step(self, lr_scale: float) -> None:
         """One update with rates[name]·lr_scale. A matrix without a gradient is left as it is."""
-        same_shape: dict[torch.Size, list[str]] = {}
+        alike: dict[tuple[torch.Size, float], list[str]] = {}
         for name, matrix in self.matrices.items():
             if matrix.grad is not None:
-                same_shape.setdefault(matrix.shape, []).append(name)
-        for (rows, cols), names in same_shape.items():
-            directions = orthogonalize(torch.stack([self._advance(name) for name in names]), self._dtype)
-            scale = max(1.0, rows / cols) ** 0.5
-            for name, direction in zip(names, directions, strict=True):
-                lr = self._rates[name] * lr_scale
-                self.matrices[name].mul_(1 - lr * self._weight_decay).add_(direction, alpha=-lr * scale)
+                alike.setdefault((matrix.shape, self._rates[name]), []).append(name)
+        for ((rows, cols), rate), names in alike.items():
+            directions = orthogonalize(torch.stack(self._advance(names)), self._dtype)
+            scale, lr = max(1.0, rows / cols) ** 0.5, rate * lr_scale
+            matrices = [self.matrices[name] for name in names]
+            torch._foreach_mul_(matrices, 1 - lr * self._weight_decay)
+            torch._foreach_add_(matrices, directions.unbind(), alpha=-lr * scale)
 
-    def _advance(self, name: str) -> Tensor:
-        """Move the momentum towards the gradient; return Nesterov's look ahead."""
-        grad, momentum = self.matrices[name].grad, self._momenta[name]
-        assert grad is not None
-        momentum.lerp_(grad, 1 - self._momentum)
-        return grad.lerp(momentum, self._momentum)
+    def _advance(self, names: Sequence[str]) -> tuple[Tensor, ...]:
+        """Move the momenta towards the gradients; return Nesterov's look ahead of each."""
+        grads = [grad for name in names if (grad := self.matrices[name].grad) is not None]
+        momenta = [self._momenta[name] for name in names]
+        torch._foreach_lerp_(momenta, grads, 1 - self._momentum)
+        return torch._foreach_lerp(grads, momenta, self._momentum)
