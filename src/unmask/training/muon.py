@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # steep at zero, so that small singular values rise fastest
-_STEPS = 4  # a fifth one costs a fifth more and changes the loss by less than the seed does (docs/decisions/muon.md)
+_STEPS = 4
 
 
 def orthogonalize(matrices_NRC: Tensor, dtype: torch.dtype) -> Tensor:
@@ -31,9 +31,9 @@ class Muon:
 
     Nesterov momentum as a running mean, decoupled weight decay, and Keller's scale rule: the update is
     multiplied by max(1, rows/cols)^0.5, so that a learning rate here is not one of the rule 0.2·max(rows,
-    cols)^0.5. Deviations from torch's: four Newton–Schulz steps instead of five, matrices of equal shape go
-    through one batched product, and the products are in `dtype` (torch multiplies in bfloat16 always, which some CPUs do 50 times slower than
-    float32).
+    cols)^0.5. Deviations from torch's: four Newton–Schulz steps and not five (docs/decisions/muon.md), matrices of
+    equal shape go through one batched product, and the products are in `dtype` (torch multiplies in bfloat16 always,
+    which some CPUs do 50 times slower than float32).
     """
 
     def __init__(
