@@ -8,7 +8,6 @@ Medians over rounds of `--steps` steps, with the least and the most. FLOPs as `u
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
 import sys
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # `harness`, also for whoever loads this file by its path
+import harness
 from harness import DTYPES
 
 from unmask.errors import UserError
@@ -76,11 +76,7 @@ def ours(config: ModelConfig, ids: Tensor, options: argparse.Namespace) -> Calla
 
 def nanogpt(config: ModelConfig, ids: Tensor, options: argparse.Namespace) -> Callable[[], object]:
     """A step as its `train.py` takes it: autocast, compiled where ours is, a fused AdamW."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", options.nanogpt_dir / "model.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look for it there
-    spec.loader.exec_module(module)
+    module = harness.nanogpt(options.nanogpt_dir)
     given = module.GPTConfig(
         block_size=config.max_position_embeddings, vocab_size=config.vocab_size, n_layer=config.num_hidden_layers,
         n_head=config.num_attention_heads, n_embd=config.hidden_size, dropout=0.0, bias=False,

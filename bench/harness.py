@@ -1,9 +1,12 @@
 """What the benchmarks share: shapes, the timing, and the JSON line."""
 
+import importlib.util
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +67,16 @@ def seconds_of(work: Callable[[], object], times: int) -> dict[str, float]:
         "max": max(taken[1:]),
         "n": times,
     }
+
+
+def nanogpt(clone: Path) -> Any:
+    """The module `model.py` of a clone of github.com/karpathy/nanoGPT."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", clone / "model.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look for it there
+    spec.loader.exec_module(module)
+    return module
 
 
 def say(bench: str, **numbers: Any) -> None:

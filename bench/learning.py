@@ -21,6 +21,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import harness
 import numpy as np
 import torch
 from harness import say
@@ -130,14 +131,12 @@ def unmask(text: Text) -> Contender:
     )
 
 
-def nanogpt(text: Text, clone: str) -> Contender:
+def nanogpt(text: Text, clone: Path) -> Contender:
     """train.py with config/train_shakespeare_char.py, its author's for small models, but no dropout: one epoch."""
-    sys.path.insert(0, clone)
-    from model import GPT, GPTConfig
-
+    module = harness.nanogpt(clone)
     with redirect_stdout(sys.stderr):
-        model: Any = GPT(
-            GPTConfig(
+        model = module.GPT(
+            module.GPTConfig(
                 block_size=LENGTH,
                 vocab_size=text.vocabulary,
                 n_layer=6,
@@ -259,7 +258,7 @@ def main() -> None:
     )
     parser.add_argument("--text", default="sotu", help="a source as a recipe names them")
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--nanogpt-dir", help="a clone of karpathy/nanoGPT")
+    parser.add_argument("--nanogpt-dir", type=Path, help="a clone of karpathy/nanoGPT")
     parser.add_argument("--nanochat-dir", help="a clone of karpathy/nanochat")
     parser.add_argument("--rounds", type=int, default=20, help="steps of each that are timed")
     parser.add_argument("--vocabulary", type=int, default=4096)

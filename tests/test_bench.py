@@ -1,9 +1,11 @@
 """The benchmarks run as docs/benchmarks.md says; how fast is no test."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +76,60 @@ def test_the_gpu_benchmark_runs_on_a_cpu_too_in_turn_with_a_clone_of_nanogpt(tmp
     assert 0 < found["fraction_of_matmul"] < 1
     assert found["tokens_per_second"]["unmask"]["n"] == found["to_nanogpt"]["n"] == 2
     assert found["peak_mb"]["unmask"] > 0
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    words = random.Random(0).choices(
+        ["the", "a", "of", "rain", "sun", "falls", "rises", "over", "under", "hill", "sea", "slowly"],
+        k=60_000,
+    )
+    rows = [json.dumps({"text": " ".join(words[start : start + 600])}) for start in range(0, len(words), 600)]
+    (tmp_path / "text.jsonl").write_text("\n".join(rows), "utf-8")
+    return tmp_path / "text.jsonl"
+
+
+def run(script: str, *options: str | Path) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, BENCH / script, *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_learning_is_compared_at_equal_wall_time(tmp_path: Path, text: Path) -> None:
+    (tmp_path / "model.py").write_text(PEER, "utf-8")
+    options = ("--text", text, "--minutes", "0.01", "--rounds", "1", "--vocabulary", "320")
+    found = run("learning.py", *options, "--nanogpt-dir", tmp_path)
+    assert [(line["model"], line["minutes"]) for line in found] == [("unmask", 0.01), ("nanogpt", 0.02)]
+    assert found[0]["above_ours"] == [0, 0, 0]
+    low, difference, high = found[1]["above_ours"]
+    assert low < difference < high
+    assert difference == pytest.approx(found[1]["nats_a_token"] - found[0]["nats_a_token"], abs=1e-4)
+    for line in found:
+        assert line["steps"] == max(1, round(60 * line["minutes"] / line["seconds_a_step"]))
+
+
+def test_a_sweep_says_how_far_the_derived_rates_are_from_the_best(text: Path) -> None:
+    options = (
+        "--text",
+        text,
+        "--depths",
+        "1",
+        "--tokens",
+        "8192",
+        "--factors",
+        "0.01",
+        "--vocabulary",
+        "320",
+    )
+    *trials, verdict = run("sweep.py", *options)
+    derived = [line["nats_a_token"] for line in trials if line["lr"] == trials[0]["lr"]][:3]
+    assert len({line["seed"] for line in trials[:3]}) == 3
+    assert verdict["derived"] == pytest.approx(sum(derived) / 3)
+    [worse] = verdict["best_other"].values()
+    assert worse > verdict["derived"]  # of a hundredth of a rate nothing is learned in two steps
+    assert verdict["derived_above_best"] == pytest.approx(verdict["derived"] - min(worse, *derived))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
