@@ -166,17 +166,18 @@ def test_the_loss_at_the_start_is_the_logarithm_of_the_vocabulary(depth: int) ->
     assert abs(loss.item() / math.log(4096) - 1) < 0.02
 
 
-def test_what_writes_into_the_residual_stream_starts_smaller_by_the_root_of_twice_the_depth() -> None:
+def test_a_layers_matrices_start_by_their_inputs_and_what_writes_into_the_residual_stream_smaller() -> None:
     model = Decoder(ModelConfig.from_depth(8, vocabulary=512, context=16))
     model.init_weights(torch.Generator().manual_seed(0))
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             assert torch.equal(parameter, torch.ones_like(parameter))
-        else:
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            expected = 0.02 / math.sqrt(16) if residual else 0.02
-            assert abs(parameter.std().item() / expected - 1) < 0.03, name
-            assert abs(parameter.mean().item()) < expected / 10, name
+            continue
+        expected = 0.32 / math.sqrt(parameter.shape[1]) if "layers" in name else 0.02
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            expected /= math.sqrt(16)
+        assert abs(parameter.std().item() / expected - 1) < 0.03, name
+        assert abs(parameter.mean().item()) < expected / 10, name
 
 
 def test_the_initial_weights_are_a_function_of_the_seed() -> None:

@@ -266,7 +266,12 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """N(0, 0.02); what writes into the residual stream divided by √(2L); norms 1, biases 0."""
+        """Embedding and head N(0, 0.02); matrices inside layers N(0, 0.32/√inputs), those that write into the residual
+        stream divided by √(2L); norms 1, biases 0.
+
+        GPT-2 draws all from N(0, 0.02), which is the same for 256 inputs: then what a step changes in the hidden states
+        grows with the width (bench/coordinates.py), and no rate suits two widths.
+        """
         init_weights(self, self.config.num_hidden_layers, generator)
 
     @property
@@ -317,8 +322,12 @@ class Decoder(nn.Module):
 
 def init_weights(model: nn.Module, layers: int, generator: torch.Generator) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            parameter.normal_(0.0, 0.02 / math.sqrt(2 * layers) if residual else 0.02, generator=generator)
-        else:
+        if parameter.ndim != 2:
             parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+            continue
+        deviation = 0.02
+        if "layers" in name.split("."):
+            deviation = 0.32 / math.sqrt(parameter.shape[1])
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            deviation /= math.sqrt(2 * layers)
+        parameter.normal_(0.0, deviation, generator=generator)
