@@ -24,13 +24,14 @@ from unmask.text.sources import content_hash
 from unmask.training import loop, machine
 from unmask.training.cost import training_flops
 from unmask.training.parallel import Ranks
+from unmask.training.shard import unsharded
 
 ORDER = ("base", "sft", "reward", "gold", "rl")  # gold: the second scorer, which no layer is trained on
 SECTIONS = {"base": "pretrain", "sft": "sft", "reward": "reward", "gold": "reward", "rl": "rl"}
 MADE_FROM = {"sft": ("base",), "reward": ("sft",), "gold": ("sft",), "rl": ("sft", "reward")}
 MEASURED = ("summary.json", "findings.jsonl", "blame.json", "report.html")  # they speak of the old stages
 RATE = "matmul_flops_per_second"  # of the machine, measured before each stage: another process may load it at times
-DECIDES_NOTHING = ("snapshot_seconds", "recompute")  # when is saved, and in how much memory
+DECIDES_NOTHING = ("snapshot_seconds", "recompute", "shard")  # when is saved, and in how much memory
 SHARED = ("seed", "depth", "context", "heldout", "tokenizer", "facts")
 
 
@@ -223,9 +224,11 @@ class Builder:
             stage.shown,
             self.ranks,
         )
+        with self.ranks.together():
+            trained = unsharded(stage.model)
         with self.ranks.leader_first():
             if self.ranks.leader:
-                model, metrics = stage.finish(outcome)
+                model, metrics = stage.finish(trained, outcome)
                 write_checkpoint(
                     path,
                     model=model.float(),

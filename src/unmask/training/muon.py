@@ -1,9 +1,11 @@
 """Muon: momentum, made orthogonal, for the matrices inside layers."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # steep at zero, so that small singular values rise fastest
 _STEPS = 5
@@ -26,6 +28,22 @@ def orthogonalize(matrices_NRC: Tensor, dtype: torch.dtype) -> Tensor:
     return x if wide else x.mT
 
 
+def _dealt_out(matrices_NRC: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same of matrices whose rows are sharded over ranks: each rank gathers some of the N, and gives them back."""
+    if not isinstance(matrices_NRC, DTensor):
+        return orthogonalize(matrices_NRC, dtype)
+    mesh, rows, matrices = matrices_NRC.device_mesh, matrices_NRC.placements, [Shard(0)]
+    mine = cast("DTensor", matrices_NRC.to(dtype)).redistribute(placements=matrices).to_local()
+    done = DTensor.from_local(
+        orthogonalize(mine, dtype).contiguous(),
+        mesh,
+        matrices,
+        shape=matrices_NRC.shape,
+        stride=matrices_NRC.stride(),
+    )
+    return done.redistribute(placements=rows)
+
+
 class Muon:
     """Jordan et al. 2024 (kellerjordan.github.io/posts/muon), as torch.optim.Muon computes it.
 
@@ -33,7 +51,7 @@ class Muon:
     multiplied by max(1, rows/cols)^0.5, so that a learning rate here is not one of the rule 0.2·max(rows,
     cols)^0.5. Deviations from torch's: matrices of equal shape go through one batched product, and the
     products are in `dtype` (torch multiplies in bfloat16 always, which some CPUs do 50 times slower than
-    float32).
+    float32). Of matrices that are sharded over ranks each rank makes some, whole.
     """
 
     def __init__(
@@ -61,7 +79,7 @@ class Muon:
             if matrix.grad is not None:
                 same_shape.setdefault(matrix.shape, []).append(name)
         for (rows, cols), names in same_shape.items():
-            directions = orthogonalize(torch.stack([self._advance(name) for name in names]), self._dtype)
+            directions = _dealt_out(torch.stack([self._advance(name) for name in names]), self._dtype)
             scale = max(1.0, rows / cols) ** 0.5
             for name, direction in zip(names, directions, strict=True):
                 lr = self._rates[name] * lr_scale

@@ -50,7 +50,7 @@ class Ranks:
         tensors = list(parameters.values())
         device = tensors[0].device
         there = torch.tensor([t.grad is not None for t in tensors], dtype=torch.int32, device=device)
-        with self._together():
+        with self.together():
             dist.all_reduce(there, dist.ReduceOp.MAX)
         wanted = [t for t, some in zip(tensors, there.tolist(), strict=True) if some]
         for tensor in wanted:
@@ -59,7 +59,7 @@ class Ranks:
         for bucket in _buckets(wanted):
             grads = [t.grad for t in bucket if t.grad is not None]
             flat = torch.cat([grad.reshape(-1) for grad in grads])
-            with self._together():
+            with self.together():
                 dist.all_reduce(flat)
             for grad, summed in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
                 grad.copy_(summed.view_as(grad))
@@ -69,7 +69,7 @@ class Ranks:
         if self.size == 1:
             return dict(numbers)
         everyone: list[dict[str, float]] = [{} for _ in range(self.size)]
-        with self._together():
+        with self.together():
             dist.all_gather_object(everyone, dict(numbers))
         sums: dict[str, float] = {}
         for each in everyone:
@@ -77,9 +77,20 @@ class Ranks:
                 sums[name] = sums.get(name, 0.0) + number
         return sums
 
-    def any(self, mine: bool) -> bool:
-        """Whether it is so on any rank."""
-        return self.add_numbers({"": float(mine)})[""] > 0
+    def any(self, *mine: bool) -> list[bool]:
+        """Of each, whether it is so on any rank."""
+        return [
+            count > 0 for count in self.add_numbers({str(i): float(so) for i, so in enumerate(mine)}).values()
+        ]
+
+    def told(self, word: str) -> str:
+        """The leader's word, on all ranks."""
+        if self.size == 1:
+            return word
+        words = [word]
+        with self.together():
+            dist.broadcast_object_list(words)
+        return words[0]
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
@@ -99,14 +110,17 @@ class Ranks:
             self._wait(store, f"{turn} by {rank}")
 
     def _wait(self, store: Store, key: str) -> None:
-        with self._together():
+        with self.together():
             store.wait([key], PATIENCE)
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
+    def together(self) -> Iterator[None]:
+        """Whatever is inside sends or waits: a rank that is lost is said to be."""
         try:
             yield
         except RuntimeError as error:  # a connection that closed, or TIMEOUT
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise  # too little memory, or a mistake
             # Its first word says where in gloo, its second sentence what may be the matter in general.
             words = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0]).split(". ")[0]
             raise UserError(
