@@ -68,7 +68,7 @@ class Place:
         )
         if then != now:
             say(
-                f"it was saved by {then} and goes on with {now}: from here on the same up to the rounding of sums"
+                f"it was saved by {then}; it goes on with {now}: from here on the same up to the rounding of sums"
             )
         return state
 
@@ -111,7 +111,7 @@ class Place:
 
 
 def _hands(ranks: int, sharded: bool) -> str:
-    return f"{ranks} process{'es' if ranks > 1 else ''}{', sharded,' if sharded else ''}"
+    return f"{ranks} process{'es' if ranks > 1 else ''}{', sharded' if sharded else ''}"
 
 
 def _hash_weights(optimizer: Optimizer) -> str:
