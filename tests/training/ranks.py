@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from unmask.model.decoder import Decoder
 from unmask.model.loss import cross_entropy_sum
 from unmask.model.scorer import Scorer
 from unmask.progress import Progress
-from unmask.training import parallel
+from unmask.training import parallel, pulse
 from unmask.training.loop import train
 from unmask.training.optimizer import Optimizer
 from unmask.training.shard import local, unsharded, whole
@@ -27,12 +28,14 @@ from unmask.training.shard import local, unsharded, whole
 
 @dataclass(frozen=True)
 class Asked:
-    """What a test wants of the ranks. `fate` comes once, when a step begins, to rank 1 or the one process there is."""
+    """What a test wants of the ranks. `fate` comes once, as a step begins, to rank `struck` or to the only process."""
 
     directory: Path
     model: str = "net"  # or ours: tied, untied, scorer
     micro: int = 1
     fate: str = ""
+    struck: int = 1
+    silence: float = pulse.SILENCE
     sharded: bool = False
     muon: bool = False
     recompute: bool = False
@@ -46,14 +49,17 @@ class Fated(Toy):
 
     @property
     def struck(self) -> bool:
-        return os.environ.get("RANK", "1") == "1"
+        return os.environ.get("RANK") in (None, str(self.asked.struck))
 
     def micro_batches(self, step: int) -> Sequence[tuple[Tensor, Tensor]]:
         mark = self.asked.directory / "fate"
-        sent = {"killed": signal.SIGKILL, "stopped": signal.SIGTERM}.get(self.asked.fate)
-        if step == self.at and sent and not mark.exists() and self.struck:
-            mark.touch()
-            os.kill(os.getpid(), sent)
+        sent = {"killed": signal.SIGKILL, "stopped": signal.SIGTERM, "hung": signal.SIGSTOP}
+        if step == self.at and self.asked.fate and not mark.exists() and self.struck:
+            if self.asked.fate in sent:
+                mark.write_text(str(os.getpid()))
+                os.kill(os.getpid(), sent[self.asked.fate])
+            if self.asked.fate == "slow":
+                time.sleep(2 * pulse.SILENCE)
         return super().micro_batches(step)
 
     def loss(
@@ -92,6 +98,8 @@ def network(asked: Asked) -> Any:
 def main() -> None:
     asked = TypeAdapter(Asked).validate_json(sys.argv[1])
     dtype: torch.dtype = getattr(torch, asked.dtype)
+    pulse.SILENCE = asked.silence
+    pulse.BEAT = asked.silence / 10
     with parallel.joined("cpu") as (ranks, _):
         model = network(asked).to(torch.promote_types(dtype, torch.float32))
         toy = Fated(model, steps=8, micro=asked.micro, asked=asked)

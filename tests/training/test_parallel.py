@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unmask.files import read_json_lines
-from unmask.training import snapshot
+from unmask.training import pulse, snapshot
 from unmask.training.parallel import Ranks, _buckets
 
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -24,16 +25,26 @@ ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"
 
 def trained(directory: Path, ranks: int, **asked: Any) -> tuple[subprocess.CompletedProcess[str], float]:
     """The process, and how many seconds it took; `asked` is what ranks.py understands."""
+    began = time.monotonic()
+    process = started(directory, ranks, **asked)
+    out, error = process.communicate(timeout=120)
+    seconds = time.monotonic() - began
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error), seconds
+
+
+def started(directory: Path, ranks: int, **asked: Any) -> subprocess.Popen[str]:
     directory.mkdir(exist_ok=True)
     launch = (
         [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     )
     command = [sys.executable, *launch, str(SCRIPT), json.dumps({"directory": str(directory), **asked})]
-    began = time.monotonic()
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **ENVIRONMENT}
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **ENVIRONMENT},
     )
-    return done, time.monotonic() - began
 
 
 def state(directory: Path, rank: int = 0) -> dict[str, Tensor]:
@@ -45,9 +56,15 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
     return [{**line, "seconds": 0} for line in read_json_lines(directory / "metrics.jsonl")]
 
 
-def finished(directory: Path, ranks: int, **asked: Any) -> Path:
+def said(directory: Path, ranks: int, **asked: Any) -> str:
+    """On the way to the end."""
     done, _ = trained(directory, ranks, **asked)
     assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def finished(directory: Path, ranks: int, **asked: Any) -> Path:
+    said(directory, ranks, **asked)
     return directory
 
 
@@ -101,6 +118,33 @@ def test_a_killed_rank_ends_all_within_half_a_minute_by_name_and_a_restart_goes_
     assert "resuming after step 3" in done.stderr
     assert metrics(tmp_path) == metrics(together)
     assert all(torch.equal(tensor, state(together)[name]) for name, tensor in state(tmp_path).items())
+
+
+@pytest.mark.parametrize("struck", [1, 0], ids=["another", "the one that holds the store"])
+def test_a_rank_that_stands_still_is_noticed_by_name_and_a_restart_goes_on(
+    struck: int, together: Path, tmp_path: Path
+) -> None:
+    """Here after 4 s. torchrun waits half a minute for one that is stopped: the test kills it."""
+    asked = {"fate": "hung", "struck": struck, "silence": 4}
+    process = started(tmp_path, 2, **asked)
+    assert process.stderr is not None
+    assert any(f"rank {struck} has given no sign of life for 4 s" in line for line in process.stderr)
+    stopped = float((tmp_path / "fate").stat().st_mtime)
+    assert time.time() - stopped < 7
+    os.kill(int((tmp_path / "fate").read_text()), signal.SIGKILL)
+    process.communicate(timeout=60)
+    finished(tmp_path, 2, **asked)
+    assert metrics(tmp_path) == metrics(together)
+
+
+def test_it_is_noticed_within_half_a_minute() -> None:
+    """After the last beat that was seen, silence; then the beat at which that is too long."""
+    assert pulse.SILENCE + 2 * pulse.BEAT < 30
+
+
+def test_a_step_may_take_longer_than_a_rank_may_be_silent(together: Path, tmp_path: Path) -> None:
+    finished(tmp_path, 2, fate="slow", silence=4)
+    assert metrics(tmp_path) == metrics(together)
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_another_number_of_ranks_may_go_on(
@@ -175,20 +219,13 @@ def test_killed_while_sharded_all_end_by_name_and_a_restart_goes_on_bit_for_bit(
     assert seconds < 30
     assert "rank      : 1" in done.stderr and "SIGKILL" in done.stderr
     assert "rank 0 has lost another one" in done.stderr
-    assert "resuming after step 3" in finished_again(tmp_path, 2, **asked)
+    assert "resuming after step 3" in said(tmp_path, 2, **asked)
     assert metrics(tmp_path) == metrics(sharded)
     assert all(torch.equal(tensor, state(sharded)[name]) for name, tensor in state(tmp_path).items())
 
 
-def finished_again(directory: Path, ranks: int, **asked: Any) -> str:
-    """What it said."""
-    done, _ = trained(directory, ranks, **asked)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
 @pytest.mark.parametrize(
-    ("first", "then", "said"),
+    ("first", "then", "words"),
     [
         ((2, True), (1, False), "saved by 2 processes, sharded; it goes on with 1 process:"),
         ((2, True), (2, False), "saved by 2 processes, sharded; it goes on with 2 processes:"),
@@ -196,13 +233,13 @@ def finished_again(directory: Path, ranks: int, **asked: Any) -> str:
     ],
 )
 def test_another_number_of_ranks_or_another_way_may_go_on(
-    first: tuple[int, bool], then: tuple[int, bool], said: str, whole: Path, tmp_path: Path
+    first: tuple[int, bool], then: tuple[int, bool], words: str, whole: Path, tmp_path: Path
 ) -> None:
     asked = {"model": "tied", "muon": True, "fate": "stopped", **UNEVEN}
     done, _ = trained(tmp_path, first[0], sharded=first[1], **asked)
     assert done.returncode != 0
     assert len(metrics(tmp_path)) == 4
-    assert said in finished_again(tmp_path, then[0], sharded=then[1], **asked)
+    assert words in said(tmp_path, then[0], sharded=then[1], **asked)
     assert_near(tmp_path, whole)
 
 
@@ -228,19 +265,19 @@ def test_nothing_of_a_damaged_sharded_snapshot_is_unpickled(name: str, sharded: 
         pickle.dumps(Trace(tmp_path / "trace")),
     ):
         file.write_bytes(damaged)
-        said: list[str] = []
-        found = snapshot.latest(snapshots, said.append)
+        told: list[str] = []
+        found = snapshot.latest(snapshots, told.append)
         assert found is not None
         assert found.step == 7
-        assert f"step_00000008 is damaged (shards/{name} is not what its manifest says)" in said[0]
+        assert f"step_00000008 is damaged (shards/{name} is not what its manifest says)" in told[0]
     tensors = {"master/model.norm.weight": torch.zeros_like(state(sharded)["master/model.norm.weight"])}
     found.read_into(tensors)
     assert tensors["master/model.norm.weight"].abs().min() > 0
     assert not (tmp_path / "trace").exists()
     if name == ".metadata":  # the pickle is one that works
-        told = json.loads(manifest.read_text())
-        told["files"][f"shards/{name}"] = snapshot._fingerprint(file)
-        manifest.write_text(json.dumps(told))
+        listed = json.loads(manifest.read_text())
+        listed["files"][f"shards/{name}"] = snapshot._fingerprint(file)
+        manifest.write_text(json.dumps(listed))
         found = snapshot.latest(snapshots, pytest.fail)
         assert found is not None
         with pytest.raises(BaseException):  # noqa: B017 — torch's own is no Exception

@@ -137,7 +137,8 @@ def train(
                 scale = lr_scale(
                     middle, total_tokens, settings.warmup_tokens, settings.decay_tokens, settings.lr_floor
                 )
-                result = train_step(objective, optimizer, state.step, scale, settings.clip, ranks)
+                with ranks.beating():
+                    result = train_step(objective, optimizer, state.step, scale, settings.clip, ranks)
 
                 state.step += 1
                 state.tokens += result.tokens

@@ -2,15 +2,16 @@
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 2 -m unmask run tiny
 
-Every rank holds the whole model and goes through the same steps. A step's micro-batches are dealt out, and since they
-are a pure function of the step every rank knows what all of them count. Gradients are added up once a step, in float32,
-after the last micro-batch; then all ranks take the same step, and stay equal bit for bit. Files are the leader's.
+Every rank holds the whole model (or some rows of every weight: shard.py) and goes through the same steps. A step's
+micro-batches are dealt out, and since they are a pure function of the step every rank knows what all of them count.
+Gradients are added up once a step, in float32, after the last micro-batch; then all ranks take the same step, and stay
+equal bit for bit. Files are the leader's.
 """
 
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from unmask.errors import UserError
+from unmask.training.pulse import Pulse
 
 T = TypeVar("T")
 # Of a sum; torch's own 30 minutes would keep a cluster waiting for a rank that hangs.
@@ -31,9 +33,9 @@ _BUCKET = 2**24  # numbers that are sent at once
 class Ranks:
     """One process among `size`. Alone (size 1) it sends nothing."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, pulse: Pulse | None = None) -> None:
         self.rank, self.size = rank, size
-        self._turns = 0
+        self._turns, self._pulse = 0, pulse
 
     @property
     def leader(self) -> bool:
@@ -92,6 +94,10 @@ class Ranks:
             dist.broadcast_object_list(words)
         return words[0]
 
+    def beating(self) -> AbstractContextManager[None]:
+        """What is inside is a step: one of them that stands still in it ends all."""
+        return nullcontext() if self._pulse is None else self._pulse.beating()
+
     @contextmanager
     def leader_first(self) -> Iterator[None]:
         """What is inside is done by the leader, then by the others, who find what it wrote; then all go on."""
@@ -141,9 +147,13 @@ def joined(device: str | None = None) -> Iterator[tuple[Ranks, str | None]]:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device and device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    pulse = Pulse(rank, size) if size > 1 else None
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size()), device
+        yield Ranks(rank, size, pulse), device
     finally:
+        if pulse is not None:
+            pulse.end()
         dist.destroy_process_group()
 
 
