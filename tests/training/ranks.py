@@ -1,5 +1,6 @@
 """A toy training as one rank of several: what torchrun starts in test_parallel.py."""
 
+import json
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy import LENGTH, RATES, SETTINGS, VOCABULARY, Net, Toy
 
 from unmask.errors import Interrupted, UserError
@@ -95,6 +97,16 @@ def network(asked: Asked) -> Any:
     return model
 
 
+class Sums(TorchDispatchMode):
+    """Counts how often sharded gradients are added up over the ranks."""
+
+    times = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.times += "reduce_scatter" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
 def main() -> None:
     asked = TypeAdapter(Asked).validate_json(sys.argv[1])
     dtype: torch.dtype = getattr(torch, asked.dtype)
@@ -105,12 +117,15 @@ def main() -> None:
         toy = Fated(model, steps=8, micro=asked.micro, asked=asked)
         rates = RATES if asked.muon else replace(RATES, matrix_lr=None)
         optimizer = Optimizer(model, rates, dtype, sharded=asked.sharded)
-        train(model, toy, optimizer, SETTINGS, asked.directory, Progress(), "toy", ranks=ranks)
+        with Sums() as sums:
+            train(model, toy, optimizer, SETTINGS, asked.directory, Progress(), "toy", ranks=ranks)
         state = {name: whole(tensor) for name, tensor in optimizer.tensors().items()}
         state |= {f"model/{name}": p.detach() for name, p in unsharded(model).named_parameters()}
         torch.save(state, asked.directory / f"rank_{ranks.rank}.pt")
         held = sum(local(master.detach()).numel() for master in optimizer.masters.values())
-        (asked.directory / f"rank_{ranks.rank}.held").write_text(str(held))
+        (asked.directory / f"rank_{ranks.rank}.json").write_text(
+            json.dumps({"held": held, "sums": sums.times})
+        )
 
 
 if __name__ == "__main__":

@@ -52,6 +52,12 @@ def state(directory: Path, rank: int = 0) -> dict[str, Tensor]:
     return found
 
 
+def told(directory: Path, rank: int = 0) -> dict[str, int]:
+    """Master numbers that a rank held, and how often it added up sharded gradients with the others."""
+    words: dict[str, int] = json.loads((directory / f"rank_{rank}.json").read_text())
+    return words
+
+
 def metrics(directory: Path) -> list[dict[str, Any]]:
     return [{**line, "seconds": 0} for line in read_json_lines(directory / "metrics.jsonl")]
 
@@ -204,10 +210,15 @@ def test_in_bfloat16_sharded_ranks_lose_no_more_than_whole_ones(tmp_path: Path) 
 
 
 def test_each_rank_holds_half_of_the_masters(whole: Path, sharded: Path) -> None:
-    every = int((whole / "rank_0.held").read_text())
-    held = [int((sharded / f"rank_{rank}.held").read_text()) for rank in (0, 1)]
+    every = told(whole)["held"]
+    held = [told(sharded, rank)["held"] for rank in (0, 1)]
     assert sum(held) == every
     assert max(held) <= 0.51 * every
+
+
+def test_sharded_gradients_are_added_up_once_a_step(sharded: Path) -> None:
+    """Of each of two layers, and of what is around them, however many micro-batches a step has."""
+    assert told(sharded)["sums"] == 8 * 3
 
 
 def test_killed_while_sharded_all_end_by_name_and_a_restart_goes_on_bit_for_bit(
@@ -265,11 +276,11 @@ def test_nothing_of_a_damaged_sharded_snapshot_is_unpickled(name: str, sharded: 
         pickle.dumps(Trace(tmp_path / "trace")),
     ):
         file.write_bytes(damaged)
-        told: list[str] = []
-        found = snapshot.latest(snapshots, told.append)
+        heard: list[str] = []
+        found = snapshot.latest(snapshots, heard.append)
         assert found is not None
         assert found.step == 7
-        assert f"step_00000008 is damaged (shards/{name} is not what its manifest says)" in told[0]
+        assert f"step_00000008 is damaged (shards/{name} is not what its manifest says)" in heard[0]
     tensors = {"master/model.norm.weight": torch.zeros_like(state(sharded)["master/model.norm.weight"])}
     found.read_into(tensors)
     assert tensors["master/model.norm.weight"].abs().min() > 0
