@@ -113,7 +113,7 @@ def main() -> None:
     pulse.SILENCE = asked.silence
     pulse.BEAT = asked.silence / 10
     with parallel.joined("cpu") as (ranks, _):
-        model = network(asked).to(torch.promote_types(dtype, torch.float32))
+        model = network(asked)
         toy = Fated(model, steps=8, micro=asked.micro, asked=asked)
         rates = RATES if asked.muon else replace(RATES, matrix_lr=None)
         optimizer = Optimizer(model, rates, dtype, sharded=asked.sharded)

@@ -62,10 +62,8 @@ class Place:
         snapshot.restore_random_states(found.meta["random"], say)
         self._cut_metrics(found.meta["metrics_bytes"], say)
         say(f"resuming after step {state.step}")
-        then, now = (
-            _hands(found.meta.get("ranks", 1), found.sharded),
-            _hands(ranks.size, self._optimizer.sharded),
-        )
+        then = _hands(found.meta.get("ranks", 1), found.sharded)
+        now = _hands(ranks.size, self._optimizer.sharded)
         if then != now:
             say(
                 f"it was saved by {then}; it goes on with {now}: from here on the same up to the rounding of sums"

@@ -30,11 +30,11 @@ def shard(model: nn.Module, dtype: torch.dtype) -> FSDPModule:
     after the model's forward, and a tied one has its gradient from both.
     """
     mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32), cast_forward_inputs=False
-    )
-    whole: list[nn.Module] = [*(module for module in model.modules() if isinstance(module, Block)), model]
-    for module in whole:  # the model last: it takes what the blocks left
+    exact = torch.promote_types(dtype, torch.float32)
+    model.to(exact)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=exact, cast_forward_inputs=False)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for module in (*blocks, model):  # the model last: it takes what the blocks left
         part = fully_shard(module, mesh=mesh, mp_policy=policy)
         part.set_gradient_divide_factor(1.0)  # a micro-batch's loss is its share of the step's already
         part.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply on the way

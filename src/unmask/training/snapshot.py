@@ -52,7 +52,7 @@ class Snapshot:
         if self.sharded:
             with warnings.catch_warnings(
                 action="ignore"
-            ):  # of what no_dist asks for: ranks do not wait for each other
+            ):  # torch's, that no rank waits for another: they need not
                 load_shards(dict(tensors), checkpoint_id=self.path / _SHARDS, no_dist=True)
             return
         with safe_open(self.path / _TENSORS, "pt") as file:
