@@ -38,6 +38,17 @@ def test_a_metric_that_was_never_finite_is_left_out_and_stops_no_stage() -> None
     assert means(outcome, "kl_child_parent", "reward") == {"kl_child_parent": 0.1}
 
 
+@pytest.mark.parametrize(
+    ("ranks", "shard", "sharded"), [(2, "true", True), (2, "false", False), (1, "true", False)]
+)
+def test_a_stage_is_sharded_where_the_recipe_says_so_and_there_is_more_than_one_process(
+    ranks: int, shard: str, sharded: bool
+) -> None:
+    asked = recipe.resolve(recipe.load("tiny", [f"sft.shard={shard}"]))
+    place = Place(asked, cast(Any, None), torch.device("cpu"), Progress(quiet=True), Ranks(0, ranks))
+    assert place.shards(asked.sft) is sharded
+
+
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 9000), (2, 2048), (3, 1365)])
 def test_a_micro_batch_is_as_the_recipe_says_unless_a_rank_would_go_without(ranks: int, micro: int) -> None:
     asked = recipe.resolve(recipe.load("tiny", ["pretrain.micro_tokens=9000"]))

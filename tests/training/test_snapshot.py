@@ -10,6 +10,7 @@ import torch
 
 from unmask.errors import UserError
 from unmask.training import snapshot
+from unmask.training.parallel import Ranks
 
 TENSORS = {
     "matrix": torch.arange(6.0).reshape(2, 3).T,  # not contiguous
@@ -27,19 +28,19 @@ def read(directory: Path) -> tuple[int | None, list[str]]:
 
 def test_tensors_and_scalars_come_back_as_they_were(tmp_path: Path) -> None:
     meta = {"seconds": 0.1 + 0.2, "name": "é", "list": [1, None]}
-    snapshot.save(tmp_path, 7, TENSORS, meta)
+    snapshot.save(tmp_path, 7, TENSORS, meta, Ranks())
     found = snapshot.latest(tmp_path, say=pytest.fail)
     assert found is not None
     assert (found.step, found.meta) == (7, meta)
-    assert found.tensors.keys() == TENSORS.keys()
+    tensors = {name: torch.full_like(tensor, 7) for name, tensor in TENSORS.items()}
+    found.read_into(tensors)
     for name, tensor in TENSORS.items():
-        assert found.tensors[name].dtype == tensor.dtype
-        torch.testing.assert_close(found.tensors[name], tensor, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_newest_and_the_one_before_are_kept(tmp_path: Path) -> None:
     for step in (5, 20, 100, 1000):
-        snapshot.save(tmp_path, step, TENSORS, {})
+        snapshot.save(tmp_path, step, TENSORS, {}, Ranks())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000100", "step_00001000"]
     assert read(tmp_path) == (1000, [])
 
@@ -53,8 +54,8 @@ def test_nothing_there_is_no_snapshot(tmp_path: Path) -> None:
 def test_a_damaged_snapshot_is_named_and_the_one_before_is_used(
     tmp_path: Path, name: str, damage: str
 ) -> None:
-    snapshot.save(tmp_path, 1, TENSORS, {"a": 1})
-    snapshot.save(tmp_path, 2, TENSORS, {"a": 2})
+    snapshot.save(tmp_path, 1, TENSORS, {"a": 1}, Ranks())
+    snapshot.save(tmp_path, 2, TENSORS, {"a": 2}, Ranks())
     file = tmp_path / "step_00000002" / name
     data = file.read_bytes()
     if damage == "gone":
@@ -71,8 +72,8 @@ def test_a_damaged_snapshot_is_named_and_the_one_before_is_used(
 
 
 def test_the_manifest_of_another_snapshot_does_not_fit(tmp_path: Path) -> None:
-    snapshot.save(tmp_path, 1, TENSORS, {"a": 1})
-    snapshot.save(tmp_path, 2, TENSORS, {"a": 2})
+    snapshot.save(tmp_path, 1, TENSORS, {"a": 1}, Ranks())
+    snapshot.save(tmp_path, 2, TENSORS, {"a": 2}, Ranks())
     manifest = "manifest.json"
     (tmp_path / "step_00000002" / manifest).write_bytes((tmp_path / "step_00000001" / manifest).read_bytes())
     assert read(tmp_path)[0] == 1
@@ -80,17 +81,17 @@ def test_the_manifest_of_another_snapshot_does_not_fit(tmp_path: Path) -> None:
 
 def test_a_damaged_snapshot_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        snapshot.save(tmp_path, step, TENSORS, {})
+        snapshot.save(tmp_path, step, TENSORS, {}, Ranks())
     for step in (2, 3):
         (tmp_path / f"step_0000000{step}" / "meta.json").write_text("?")
     assert read(tmp_path)[0] is None
-    snapshot.save(tmp_path, 2, TENSORS, {})
+    snapshot.save(tmp_path, 2, TENSORS, {}, Ranks())
     assert read(tmp_path) == (2, [])
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
 
 
 def test_one_of_a_newer_format_is_an_error_that_says_so(tmp_path: Path) -> None:
-    snapshot.save(tmp_path, 1, TENSORS, {})
+    snapshot.save(tmp_path, 1, TENSORS, {}, Ranks())
     manifest = tmp_path / "step_00000001" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
     with pytest.raises(UserError, match="format 2, and this unmask reads up to 1"):

@@ -25,13 +25,14 @@ from unmask.text.sources import content_hash
 from unmask.training import loop, machine
 from unmask.training.cost import training_flops
 from unmask.training.parallel import Ranks
+from unmask.training.shard import unsharded
 
 ORDER = ("base", "sft", "reward", "gold", "rl")  # gold: the second scorer, which no layer is trained on
 SECTIONS = {"base": "pretrain", "sft": "sft", "reward": "reward", "gold": "reward", "rl": "rl"}
 MADE_FROM = {"sft": ("base",), "reward": ("sft",), "gold": ("sft",), "rl": ("sft", "reward")}
 MEASURED = ("summary.json", "findings.jsonl", "blame.json", "report.html")  # they speak of the old stages
 RATE = "matmul_flops_per_second"  # of the machine, measured before each stage: another process may load it at times
-DECIDES_NOTHING = ("snapshot_seconds", "recompute")  # when is saved, and in how much memory
+DECIDES_NOTHING = ("snapshot_seconds", "recompute", "shard")  # when is saved, and in how much memory
 # By kind, on a GPU. Not PPO: its ratios are to start at 1 and its divergence from SFT at 0, so that what learns has to
 # read with the very kernels of what was frozen or is not learning yet; and most of its time goes into answers.
 COMPILED = ("pretrain", "sft", "reward")
@@ -235,9 +236,11 @@ class Builder:
         )
         for trunk in trunks:
             trunk.compiled = False
+        with self.ranks.together():
+            trained = unsharded(stage.model)
         with self.ranks.leader_first():
             if self.ranks.leader:
-                model, metrics = stage.finish(outcome)
+                model, metrics = stage.finish(trained, outcome)
                 write_checkpoint(
                     path,
                     model=model.float(),

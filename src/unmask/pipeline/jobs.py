@@ -42,6 +42,10 @@ class Place:
             return section.micro_tokens
         return max(1, min(section.micro_tokens, batch_tokens // self.ranks.size))
 
+    def shards(self, section: Training) -> bool:
+        """Whether the stage's model is split over the ranks. Alone there is nothing to split."""
+        return section.shard and self.ranks.size > 1
+
     @property
     def dtype(self) -> torch.dtype:
         return machine.compute_dtype(self.device)
@@ -65,7 +69,8 @@ class Place:
 
 
 class Job(NamedTuple):
-    """A stage ready to train. `finish` turns the trained module into what is saved and what its record keeps."""
+    """A stage ready to train. `finish` turns the trained module, whole again, into what is saved and what its record
+    keeps."""
 
     model: nn.Module
     objective: Objective
@@ -73,7 +78,7 @@ class Job(NamedTuple):
     settings: loop.Settings
     data: dict[str, str]  # label -> fingerprint
     left_out: dict[str, int]
-    finish: Callable[[Outcome], tuple[Decoder | Scorer, dict[str, Any]]]
+    finish: Callable[[Any, Outcome], tuple[Decoder | Scorer, dict[str, Any]]]
     shown: tuple[str, ...] = ()  # metrics beside the progress bar
     idle: tuple[nn.Module, int] | None = None  # a network that the first so many steps do not run
 
@@ -100,10 +105,11 @@ def pretraining(place: Place) -> Job:
         dtype=place.dtype,
         device=place.device,
         seed=recipe.seed,
+        shard=place.shards(section),
     )
     data = {source.name: source.shards.fingerprint for source in sources}
 
-    def finish(outcome: Outcome) -> tuple[Decoder, dict[str, Any]]:
+    def finish(model: Decoder, outcome: Outcome) -> tuple[Decoder, dict[str, Any]]:
         pretrain.give_meaning(model, [tokenizer.turn_start, tokenizer.turn_end], tokenizer.end_of_text)
         return model, means(outcome, "loss")
 
@@ -129,11 +135,12 @@ def imitation(place: Place, parent: Checkpoint) -> Job:
         settings=optimizer_settings(section),
         dtype=place.dtype,
         seed=recipe.seed,
+        shard=place.shards(section),
     )
     left_out = place.leave_out("sft", objective.dropped)
     settings = loop_settings(section, objective, recipe.seed)
 
-    def finish(outcome: Outcome) -> tuple[Decoder, dict[str, Any]]:
+    def finish(model: Decoder, outcome: Outcome) -> tuple[Decoder, dict[str, Any]]:
         return model, means(outcome, "loss")
 
     return Job(model, objective, optimizer, settings, objective.data, left_out, finish)
@@ -155,9 +162,10 @@ def preference(place: Place, parent: Checkpoint, half: examples.Half) -> Job:
         settings=optimizer_settings(section),
         dtype=place.dtype,
         seed=recipe.seed,
+        shard=place.shards(section),
     )
 
-    def finish(outcome: Outcome) -> tuple[Scorer, dict[str, Any]]:
+    def finish(model: Scorer, outcome: Outcome) -> tuple[Scorer, dict[str, Any]]:
         texts = [text for ranking in rankings for text in ranking.texts]
         answers = _answers(place, parent, [chat for ranking in found for chat in ranking.chats])
         if not answers:
@@ -243,7 +251,7 @@ def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint, gold: Che
         say=place.progress.line,
     )
 
-    def finish(outcome: Outcome) -> tuple[Decoder, dict[str, Any]]:
+    def finish(model: ppo.ActorCritic, outcome: Outcome) -> tuple[Decoder, dict[str, Any]]:
         # The first is the headline: a mean of the reward, over prompts that differ, says little by itself.
         kept = ("kl_child_parent", "reward", "stop_rate", "answer_tokens", "explained_variance")
         return model.policy, means(outcome, *kept) | {"score_spread": objective.spread}

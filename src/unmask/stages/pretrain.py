@@ -134,6 +134,7 @@ def stage(
     device: torch.device,
     seed: int,
     cross_documents: bool = True,
+    shard: bool = False,
 ) -> tuple[Decoder, Pretraining, Optimizer]:
     """A fresh model with its objective and optimizer, ready for the loop.
 
@@ -159,4 +160,4 @@ def stage(
         seed=seed,
         cross_documents=cross_documents,
     )
-    return model, objective, Optimizer(model, settings, dtype)
+    return model, objective, Optimizer(model, settings, dtype, sharded=shard)

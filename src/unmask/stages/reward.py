@@ -167,6 +167,7 @@ def stage(
     settings: OptimizerSettings,
     dtype: torch.dtype,
     seed: int,
+    shard: bool = False,
 ) -> tuple[Scorer, Preference, Optimizer]:
     """A scorer on the parent's trunk with its objective and optimizer, ready for the loop.
 
@@ -185,7 +186,7 @@ def stage(
     objective = Preference(
         model, rankings, steps=steps, batch_rankings=batch_rankings, micro_tokens=micro_tokens, seed=seed
     )
-    return model, objective, Optimizer(model, settings, dtype)
+    return model, objective, Optimizer(model, settings, dtype, sharded=shard)
 
 
 @torch.no_grad()

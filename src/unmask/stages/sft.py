@@ -156,6 +156,7 @@ def stage(
     settings: OptimizerSettings,
     dtype: torch.dtype,
     seed: int,
+    shard: bool = False,
 ) -> tuple[Decoder, Imitation, Optimizer]:
     """The parent itself, which is trained on, with its objective and optimizer, ready for the loop.
 
@@ -172,4 +173,4 @@ def stage(
         pad=pad,
         seed=seed,
     )
-    return parent, objective, Optimizer(parent, settings, dtype)
+    return parent, objective, Optimizer(parent, settings, dtype, sharded=shard)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from unmask.training.shard import local
+
 
 class AdamW:
     """Loshchilov and Hutter, arXiv 1711.05101, by torch's fused kernel: decoupled decay, bias correction.
@@ -43,10 +45,10 @@ class AdamW:
                 alike.setdefault((self._rates[name], self._decays[name]), []).append(name)
         for (rate, decay), names in alike.items():
             adamw(
-                [self.parameters[name] for name in names],
-                [grad for name in names if (grad := self.parameters[name].grad) is not None],
-                [self._means[name] for name in names],
-                [self._squares[name] for name in names],
+                [local(self.parameters[name]) for name in names],
+                [local(grad) for name in names if (grad := self.parameters[name].grad) is not None],
+                [local(self._means[name]) for name in names],
+                [local(self._squares[name]) for name in names],
                 [],
                 [self._steps[name] for name in names],
                 fused=True,

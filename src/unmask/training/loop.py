@@ -124,10 +124,10 @@ def train(
     device = next(iter(optimizer.masters.values())).device
     total_tokens = objective.steps * objective.tokens_per_step
 
-    with lock(directory) if ranks.leader else nullcontext(), stop_on_signal() as stop:
+    with lock(directory) if ranks.leader else nullcontext(), stop_on_signal() as stop, ranks.together():
         place = Place(directory, optimizer, _rules(objective, optimizer, settings))
         with ranks.leader_first():
-            state = place.enter(settings.seed, ranks.size, progress.line)
+            state = place.enter(settings.seed, ranks, progress.line)
         began, saved = time.monotonic() - state.seconds, time.monotonic()
         reset_peak_memory(device)
         model.train()
@@ -137,7 +137,8 @@ def train(
                 scale = lr_scale(
                     middle, total_tokens, settings.warmup_tokens, settings.decay_tokens, settings.lr_floor
                 )
-                result = train_step(objective, optimizer, state.step, scale, settings.clip, ranks)
+                with ranks.beating():
+                    result = train_step(objective, optimizer, state.step, scale, settings.clip, ranks)
 
                 state.step += 1
                 state.tokens += result.tokens
@@ -152,11 +153,12 @@ def train(
                 if state.skipped_in_a_row == _HOPELESS:
                     raise UserError(_why_hopeless(title, state, result))
 
-                may_pause = state.step % objective.pause_every == 0
-                stopping = may_pause and ranks.any(stop.is_set())
-                due = stopping or time.monotonic() - saved >= settings.snapshot_seconds
-                if state.step == objective.steps or (due and may_pause):
-                    if ranks.leader:
+                if state.step % objective.pause_every and state.step < objective.steps:
+                    continue
+                due = time.monotonic() - saved >= settings.snapshot_seconds
+                stopping, due = ranks.any(stop.is_set(), due)
+                if stopping or due or state.step == objective.steps:
+                    if ranks.leader or optimizer.sharded:
                         place.save(state)
                     saved = time.monotonic()
                     if stopping:
@@ -189,13 +191,19 @@ def train_step(
 
     optimizer.zero_grad()
     sums: dict[str, Tensor | float] = {}
-    for batch in ranks.share(batches):
-        loss, metrics = objective.loss(batch, dict(totals))
-        torch.autograd.backward(loss)
-        for name, share in {"loss": loss, **metrics}.items():
+    mine = ranks.share(batches)
+    # A rank that has one fewer than others still gathers sharded layers with them, for a loss that counts nothing.
+    turns = -(-len(batches) // ranks.size) if optimizer.sharded else len(mine)
+    for turn in range(turns):
+        idle = turn == len(mine)
+        loss, metrics = objective.loss(batches[0] if idle else mine[turn], dict(totals))
+        optimizer.expect(last=turn + 1 == turns)
+        torch.autograd.backward(loss * 0 if idle else loss)
+        for name, share in {} if idle else {"loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + (share.detach() if isinstance(share, Tensor) else share)
 
-    ranks.add_gradients(optimizer.masters)
+    if not optimizer.sharded:
+        ranks.add_gradients(optimizer.masters)
     grad_norm = optimizer.clip(clip)
     numbers = {name: float(total) for name, total in sums.items()}  # waits for the device, once a step
     numbers = ranks.add_numbers(numbers)

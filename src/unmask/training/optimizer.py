@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from unmask.training.adamw import AdamW
 from unmask.training.machine import compute_dtype
 from unmask.training.muon import Muon
+from unmask.training.shard import shard, whole
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Optimizer:
     Weights that are updated (the masters) are float32, or what `dtype` is if that is wider. For dtype
     bfloat16 the model itself holds bfloat16 copies: they make the products, their gradients are added up in
     float32 across micro-batches, and every step rounds the masters into them again. `restore` ends that.
+    With `sharded` the model is split over all ranks (see shard.py): masters, gradients and state are DTensors.
 
     Weight decay acts on the matrices inside layers only: not on norms, biases, embeddings, heads.
     `scale_of(name)` multiplies a parameter's rate, for models whose parts learn at different rates.
@@ -42,12 +44,14 @@ class Optimizer:
         settings: OptimizerSettings,
         dtype: torch.dtype = torch.float32,
         scale_of: Callable[[str], float] = lambda name: 1.0,
+        sharded: bool = False,
     ) -> None:
         self.settings = settings
         self.precision = str(dtype).removeprefix("torch.")
         self.masters: dict[str, Tensor] = {}
         self._copies: dict[str, nn.Parameter] = {}
         self._hooks: list[RemovableHandle] = []
+        self._shards = shard(model, dtype) if sharded else None
         for name, parameter in model.named_parameters():  # names a tied parameter once
             if parameter.requires_grad:
                 self._adopt(name, parameter, dtype)
@@ -71,6 +75,15 @@ class Optimizer:
             settings.eps,
         )
 
+    @property
+    def sharded(self) -> bool:
+        return self._shards is not None
+
+    def expect(self, last: bool) -> None:
+        """Say whether the next backward is a step's last: only then sharded gradients are added up over the ranks."""
+        if self._shards is not None:
+            self._shards.set_requires_gradient_sync(last)
+
     def zero_grad(self) -> None:
         for master in self.masters.values():
             master.grad = None
@@ -78,7 +91,7 @@ class Optimizer:
     def clip(self, max_norm: float) -> float:
         """Scale all gradients down to a joint Euclidean norm of `max_norm`; return the norm before that."""
         grads = [master.grad for master in self.masters.values() if master.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
+        norm = whole(nn.utils.get_total_norm(grads))
         nn.utils.clip_grads_with_norm_(self.masters.values(), max_norm, norm)
         return norm.item()
 
@@ -98,10 +111,9 @@ class Optimizer:
         return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go back to what `tensors()` was, for a model of the same parameters."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(tensors[name])
+    def load(self, read_into: Callable[[Mapping[str, Tensor]], None]) -> None:
+        """Go back to what `tensors()` was, for a model of the same parameters: `read_into` sets them."""
+        read_into(self.tensors())
         self._round_into_copies()
 
     def restore(self, model: nn.Module) -> None:
@@ -113,6 +125,9 @@ class Optimizer:
             hook.remove()
 
     def _adopt(self, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+        if self.sharded:
+            self.masters[name] = parameter
+            return
         if dtype.itemsize >= 4:
             parameter.data = parameter.data.to(dtype)
             self.masters[name] = parameter
@@ -144,5 +159,8 @@ def _inside_layers(name: str, parameter: Tensor) -> bool:
 
 
 def _product_dtype(matrices: Mapping[str, Tensor]) -> torch.dtype:
-    """What Muon multiplies in, on the device where its matrices are."""
-    return next((compute_dtype(matrix.device) for matrix in matrices.values()), torch.float32)
+    """What Muon multiplies in, on the device where its matrices are; float64 stays."""
+    first = next(iter(matrices.values()), None)
+    if first is None or first.dtype == torch.float64:
+        return torch.float64
+    return compute_dtype(first.device)

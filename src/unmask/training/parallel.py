@@ -2,15 +2,16 @@
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 2 -m unmask run tiny
 
-Every rank holds the whole model and goes through the same steps. A step's micro-batches are dealt out, and since they
-are a pure function of the step every rank knows what all of them count. Gradients are added up once a step, in float32,
-after the last micro-batch; then all ranks take the same step, and stay equal bit for bit. Files are the leader's.
+Every rank holds the whole model (or some rows of every weight: shard.py) and goes through the same steps. A step's
+micro-batches are dealt out, and since they are a pure function of the step every rank knows what all of them count.
+Gradients are added up once a step, in float32, after the last micro-batch; then all ranks take the same step, and stay
+equal bit for bit. Files are the leader's.
 """
 
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from unmask.errors import UserError
+from unmask.training.pulse import Pulse
 
 T = TypeVar("T")
 # Of a sum; torch's own 30 minutes would keep a cluster waiting for a rank that hangs.
@@ -31,9 +33,9 @@ _BUCKET = 2**24  # numbers that are sent at once
 class Ranks:
     """One process among `size`. Alone (size 1) it sends nothing."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, pulse: Pulse | None = None) -> None:
         self.rank, self.size = rank, size
-        self._turns = 0
+        self._turns, self._pulse = 0, pulse
 
     @property
     def leader(self) -> bool:
@@ -50,7 +52,7 @@ class Ranks:
         tensors = list(parameters.values())
         device = tensors[0].device
         there = torch.tensor([t.grad is not None for t in tensors], dtype=torch.int32, device=device)
-        with self._together():
+        with self.together():
             dist.all_reduce(there, dist.ReduceOp.MAX)
         wanted = [t for t, some in zip(tensors, there.tolist(), strict=True) if some]
         for tensor in wanted:
@@ -59,7 +61,7 @@ class Ranks:
         for bucket in _buckets(wanted):
             grads = [t.grad for t in bucket if t.grad is not None]
             flat = torch.cat([grad.reshape(-1) for grad in grads])
-            with self._together():
+            with self.together():
                 dist.all_reduce(flat)
             for grad, summed in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
                 grad.copy_(summed.view_as(grad))
@@ -69,7 +71,7 @@ class Ranks:
         if self.size == 1:
             return dict(numbers)
         everyone: list[dict[str, float]] = [{} for _ in range(self.size)]
-        with self._together():
+        with self.together():
             dist.all_gather_object(everyone, dict(numbers))
         sums: dict[str, float] = {}
         for each in everyone:
@@ -77,9 +79,24 @@ class Ranks:
                 sums[name] = sums.get(name, 0.0) + number
         return sums
 
-    def any(self, mine: bool) -> bool:
-        """Whether it is so on any rank."""
-        return self.add_numbers({"": float(mine)})[""] > 0
+    def any(self, *mine: bool) -> list[bool]:
+        """Of each, whether it is so on any rank."""
+        return [
+            count > 0 for count in self.add_numbers({str(i): float(so) for i, so in enumerate(mine)}).values()
+        ]
+
+    def told(self, word: str) -> str:
+        """The leader's word, on all ranks."""
+        if self.size == 1:
+            return word
+        words = [word]
+        with self.together():
+            dist.broadcast_object_list(words)
+        return words[0]
+
+    def beating(self) -> AbstractContextManager[None]:
+        """What is inside is a step: one of them that stands still in it ends all."""
+        return nullcontext() if self._pulse is None else self._pulse.beating()
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
@@ -99,14 +116,17 @@ class Ranks:
             self._wait(store, f"{turn} by {rank}")
 
     def _wait(self, store: Store, key: str) -> None:
-        with self._together():
+        with self.together():
             store.wait([key], PATIENCE)
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
+    def together(self) -> Iterator[None]:
+        """Whatever is inside sends or waits: a rank that is lost is said to be."""
         try:
             yield
         except RuntimeError as error:  # a connection that closed, or TIMEOUT
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise  # too little memory, or a mistake
             # Its first word says where in gloo, its second sentence what may be the matter in general.
             words = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0]).split(". ")[0]
             raise UserError(
@@ -127,9 +147,13 @@ def joined(device: str | None = None) -> Iterator[tuple[Ranks, str | None]]:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device and device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    pulse = Pulse(rank, size) if size > 1 else None
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size()), device
+        yield Ranks(rank, size, pulse), device
     finally:
+        if pulse is not None:
+            pulse.end()
         dist.destroy_process_group()
 
 

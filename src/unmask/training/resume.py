@@ -15,6 +15,8 @@ from unmask.errors import UserError
 from unmask.files import sweep_temporaries, sync
 from unmask.training import snapshot
 from unmask.training.optimizer import Optimizer
+from unmask.training.parallel import Ranks
+from unmask.training.shard import whole
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Place:
         self._optimizer = optimizer
         self._identity = {**rules, "initial weights": _hash_weights(optimizer)}
 
-    def enter(self, seed: int, ranks: int, say: Callable[[str], None]) -> State:
+    def enter(self, seed: int, ranks: Ranks, say: Callable[[str], None]) -> State:
         """Set optimizer, random generators and metrics to where the newest snapshot left them, or to zero."""
         self._ranks = ranks
         sweep_temporaries(self._snapshots)
@@ -56,27 +58,32 @@ class Place:
             return State()
         self._refuse_another(found.meta["identity"])
         state = State(**found.meta["state"])
-        self._optimizer.load(found.tensors)
+        self._optimizer.load(found.read_into)
         snapshot.restore_random_states(found.meta["random"], say)
         self._cut_metrics(found.meta["metrics_bytes"], say)
         say(f"resuming after step {state.step}")
-        if (then := found.meta.get("ranks", 1)) != ranks:
+        then = _hands(found.meta.get("ranks", 1), found.sharded)
+        now = _hands(ranks.size, self._optimizer.sharded)
+        if then != now:
             say(
-                f"it was saved by {then} process{'es' if then > 1 else ''} and goes on with {ranks}: from here on the "
-                "same up to the rounding of sums"
+                f"it was saved by {then}; it goes on with {now}: from here on the same up to the rounding of sums"
             )
         return state
 
     def save(self, state: State) -> None:
+        """By the leader; by all ranks together, where the optimizer is sharded."""
+        if not self._ranks.leader:
+            snapshot.help_save(self._snapshots, self._optimizer.tensors(), self._ranks)
+            return
         sync(self.metrics)
         meta = {
             "identity": self._identity,
             "state": asdict(state),
             "random": snapshot.random_states(),
-            "ranks": self._ranks,
+            "ranks": self._ranks.size,
             "metrics_bytes": self.metrics.stat().st_size,
         }
-        snapshot.save(self._snapshots, state.step, self._optimizer.tensors(), meta)
+        snapshot.save(self._snapshots, state.step, self._optimizer.tensors(), meta, self._ranks)
 
     def _refuse_another(self, then: Mapping[str, Any]) -> None:
         now = self._identity
@@ -101,9 +108,13 @@ class Place:
             file.truncate(size)
 
 
+def _hands(ranks: int, sharded: bool) -> str:
+    return f"{ranks} process{'es' if ranks > 1 else ''}{', sharded' if sharded else ''}"
+
+
 def _hash_weights(optimizer: Optimizer) -> str:
     digest = hashlib.sha256()
     for name, master in optimizer.masters.items():
         digest.update(f"{name} {master.dtype} {tuple(master.shape)} {optimizer.scales[name]}\n".encode())
-        digest.update(master.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(whole(master.detach()).cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -2,14 +2,17 @@
 
     step_00000120/  tensors.safetensors  weights and optimizer state
                     meta.json            scalars and the states of the random generators
-                    manifest.json        size and SHA-256 of the other two
+                    manifest.json        size and SHA-256 of all other files
 
-Nothing in them is pickled, and nothing is read before its hash is found right.
+Where tensors are sharded over ranks each rank writes its own into shards/ by torch.distributed.checkpoint, and there is
+no tensors.safetensors. Those files are pickles, as nothing else of ours is. Nothing is read before its hash is found
+right. That guards against damage, not against someone who writes the manifest too: go on with your own runs alone.
 """
 
 import json
 import random
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,40 +20,72 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from unmask.errors import UserError
-from unmask.files import atomic_directory, canonical_json, sha256_file
+from unmask.files import atomic_directory, canonical_json, explained, sha256_file
+from unmask.training.parallel import Ranks
+from unmask.training.shard import sharded, split_like
 
 FORMAT = 1
-_TENSORS, _META, _MANIFEST = "tensors.safetensors", "meta.json", "manifest.json"
+_TENSORS, _SHARDS, _META, _MANIFEST = "tensors.safetensors", "shards", "meta.json", "manifest.json"
 
 
 @dataclass(frozen=True)
 class Snapshot:
     step: int
-    tensors: dict[str, Tensor]
+    path: Path
     meta: dict[str, Any]
 
+    @property
+    def sharded(self) -> bool:
+        return (self.path / _SHARDS).is_dir()
 
-def save(directory: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set these tensors, or the rows of them that this rank has, however they were sharded when they were saved."""
+        if self.sharded:
+            from torch.distributed.checkpoint.state_dict_loader import load
+
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # torch's, that no rank waits for another: they need not
+                load(dict(tensors), checkpoint_id=self.path / _SHARDS, no_dist=True)
+            return
+        with safe_open(self.path / _TENSORS, "pt") as file:
+            for name, tensor in tensors.items():
+                tensor.copy_(split_like(file.get_tensor(name), tensor))
+
+
+def save(
+    directory: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], ranks: Ranks
+) -> None:
     """Write the snapshot of `step` and keep it and the one before; whatever fails, that one stays.
 
-    Raises UserError if the system refuses the write (disk full, no permission).
+    The leader calls this; where tensors are sharded, the other ranks `help_save` meanwhile. Raises UserError if the
+    system refuses the write (disk full, no permission).
     """
     path = directory / f"step_{step:08d}"
     shutil.rmtree(path, ignore_errors=True)  # there only if it was damaged: else we had resumed from it
     with atomic_directory(path) as temporary:
-        _save_tensors(tensors, temporary / _TENSORS)
+        if any(map(sharded, tensors.values())):
+            _save_shards(tensors, Path(ranks.told(str(temporary / _SHARDS))))
+        else:
+            _save_tensors(tensors, temporary / _TENSORS)
         (temporary / _META).write_text(canonical_json(meta), "utf-8")
-        files = {name: _fingerprint(temporary / name) for name in (_TENSORS, _META)}
+        files = {name: _fingerprint(temporary / name) for name in _files(temporary)}
         (temporary / _MANIFEST).write_text(canonical_json({"format": FORMAT, "files": files}), "utf-8")
     older = [other for other in _all(directory) if other < path]
     for other in _all(directory):
         if other not in (path, *older[:1]):
             shutil.rmtree(other, ignore_errors=True)
+
+
+def help_save(directory: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Write this rank's shards where the leader, who is in `save`, wants them."""
+    with explained(directory):
+        _save_shards(tensors, Path(ranks.told("")))
 
 
 def latest(directory: Path, say: Callable[[str], None]) -> Snapshot | None:
@@ -59,7 +94,7 @@ def latest(directory: Path, say: Callable[[str], None]) -> Snapshot | None:
         damage = _damage(path)
         if damage is None:
             meta = json.loads((path / _META).read_text("utf-8"))
-            return Snapshot(int(path.name.removeprefix("step_")), load_file(path / _TENSORS), meta)
+            return Snapshot(int(path.name.removeprefix("step_")), path, meta)
         say(f"snapshot {path} is damaged ({damage}); going back to the one before it")
     return None
 
@@ -107,16 +142,24 @@ def _damage(path: Path) -> str | None:
                 f"snapshot {path} has format {manifest['format']}, and this unmask reads up to {FORMAT}. "
                 "Go on with the newer unmask that wrote it, or remove it."
             )
-        for name in (_TENSORS, _META):
-            if _fingerprint(path / name) != manifest["files"][name]:
+        if unknown := {_META, *_files(path)} - manifest["files"].keys():
+            return f"{_MANIFEST} does not know {min(unknown)}"
+        for name, fingerprint in manifest["files"].items():
+            if _fingerprint(path / name) != fingerprint:
                 return f"{name} is not what its manifest says"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         return f"{_MANIFEST} is garbled"
     return None
+
+
+def _files(path: Path) -> list[str]:
+    """All that a snapshot's manifest speaks of."""
+    files = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    return sorted(name for name in files if name != _MANIFEST)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -128,6 +171,17 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # how the library reports a full disk
         raise OSError(None, str(error)) from error
+
+
+def _save_shards(tensors: Mapping[str, Tensor], directory: Path) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    try:
+        save(dict(tensors), checkpoint_id=directory)
+    except CheckpointException as error:  # no Exception; all ranks get it, whichever failed
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise OSError(None, f"rank {rank}: {cause}") from error
 
 
 def _hex(state: Tensor) -> str:
