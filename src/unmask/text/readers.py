@@ -99,7 +99,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path) as file:
             number = 0
-            for batch in file.iter_batches(batch_size=1024):
+            for batch in file.iter_batches(batch_size=64):
                 for row in batch.to_pylist():
                     yield f"{path} row {number}", row
                     number += 1
