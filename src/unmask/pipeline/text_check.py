@@ -21,7 +21,8 @@ class Found(NamedTuple):
 
 
 def look(recipe: Recipe) -> Found:
-    """Reads every source once; the held-out text that is kept for measuring, the chats that RL is measured on, and `measure.questions`."""
+    """Reads what is trained on, once; measured on are the held-out text that a run keeps, the chats that RL is measured
+    on, and `measure.questions`."""
     held = {
         f"held-out {source.name}": list(sample(documents(source, recipe, held=True), HELDOUT_BYTES))
         for source in raw_sources(recipe)

@@ -13,7 +13,7 @@ from unmask.errors import UserError
 
 _UNITS = 2**20  # shares are rounded to this many parts, so that the arithmetic is of whole numbers
 
-_kept: dict[tuple[int, int], tuple[int, NDArray[np.int64]]] = {}  # (seed, rows) → the epoch under way and its order
+_kept: dict[tuple[int, int], tuple[int, NDArray[np.int64]]] = {}  # (seed, rows) → epoch under way, its order
 
 
 def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:

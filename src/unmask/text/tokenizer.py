@@ -101,7 +101,6 @@ class Tokenizer:
         for name, id in self.control.items():
             if id in self._slow.encode(name, add_special_tokens=False).ids:
                 raise UserError(f"the text {name!r} becomes the control token of this name in it.")
-        ranks = fast_ranks(content, PATTERN, set(self.control))
         self._ranks = fast_ranks(content, PATTERN, set(self.control))
         self._threads = threading.local()
 
