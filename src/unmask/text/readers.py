@@ -101,7 +101,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             number = 0
             for group in range(file.num_row_groups):
-                for batch in file.iter_batches(batch_size=16, row_groups=[group]):
+                for batch in file.iter_batches(batch_size=64, row_groups=[group]):
                     for row in batch.to_pylist():
                         yield f"{path} row {number}", row
                         number += 1
