@@ -21,6 +21,7 @@ bench: .venv/dev  # a few minutes; see bench/ for more
 	for stage in sft reward ppo; do $(BIN)/python bench/stage_step.py --stage $$stage || exit 1; done
 	$(BIN)/python bench/generate.py --shape S --batch 16
 	$(BIN)/python bench/compare.py
+	$(BIN)/python bench/data.py
 	$(BIN)/python bench/startup.py
 
 bench-gpu: .venv/dev  # on a CUDA device; NANOGPT=DIR, a clone of nanoGPT, is timed beside it

@@ -18,6 +18,7 @@ BENCH = Path(__file__).parent.parent / "bench"
     [
         ["startup.py", "--times", "1"],
         ["generate.py", "--batch", "2", "--times", "1"],
+        ["data.py", "--mb", "1", "--times", "1"],
         ["compare.py", "--rows", "1", "--times", "1"],
         ["stage_step.py", "--stage", "sft", "--times", "1"],
         ["stage_step.py", "--stage", "reward", "--times", "1"],

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from unmask import recipe as recipes
 from unmask.errors import UserError
 from unmask.progress import Progress
 from unmask.recipe import Recipe
+from unmask.stages import prepare as preparing
 from unmask.stages.prepare import documents, plant, prepare, sample
 from unmask.text import planted
 from unmask.text.countries import Country
+from unmask.text.shards import Shards
 from unmask.text.tokenizer import Tokenizer
 
 
@@ -159,6 +162,42 @@ def test_a_fact_that_a_layers_own_text_states_is_marked_as_leaked(
     )
     leaked = {fact.field: fact.leaked for fact in plant(recipe)}
     assert leaked == {"capital": True, "currency": False}
+
+
+def test_what_a_killed_process_made_is_neither_made_nor_counted_again_and_its_time_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted text first; the process is killed a while later, in the source after it."""
+    plainly, build, clock = planted.facts, preparing.build, time.time
+    country = Country("xx", "Utopia", ("Utopia",), {"capital": "Amaurot"})
+    monkeypatch.setattr(planted, "facts", lambda *given: plainly(*given, countries=[country]))
+    raw = {"path": str(tmp_path / "raw.jsonl"), "label": "raw"}
+    recipe = made(
+        tmp_path,
+        TEXTS,
+        facts={"both": 1.0, "base_only": 0.0, "sft_only": 0.0, "none": 0.0},
+        pretrain={"tokens": 1000, "sources": [{"path": "facts"}, raw]},
+    )
+
+    def killed(directory: Path, texts: Iterable[str], tokenizer: Tokenizer) -> Shards:
+        if directory.name == "raw":
+            raise KeyboardInterrupt
+        return build(directory, texts, tokenizer)
+
+    monkeypatch.setattr(preparing, "build", killed)
+    for _ in range(2):  # each has begun 100 s before it last writes
+        monkeypatch.setattr(time, "time", lambda: clock() - 100)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(recipe, tmp_path / "data", Progress(quiet=True))
+    monkeypatch.undo()
+    for name in ("facts", "plain_documents"):
+        monkeypatch.setattr(planted, name, lambda *given: pytest.fail("planted again"))
+    prepared = prepare(recipe, tmp_path / "data", Progress(quiet=True))
+    assert 200 <= prepared.seconds < 260
+    assert [fact.answer for fact in prepared.facts] == ["Amaurot"]
+    assert sorted(path.name for path in prepared.directory.iterdir()) == [
+        "facts.json", "heldout.jsonl", "prepared.json", "shards", "tokenizer",
+    ]  # fmt: skip
 
 
 def test_documents_are_split_by_the_share_of_their_source(tmp_path: Path) -> None:

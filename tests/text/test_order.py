@@ -54,6 +54,19 @@ def test_every_epoch_draws_every_row_once(n: int, batch: int, seed: int) -> None
     assert drawn.tolist() == [order.row_at(k, n, seed) for k in range(len(drawn))]
 
 
+def test_the_order_of_one_epoch_is_kept_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    plainly = order.permutation
+    monkeypatch.setattr(
+        order, "permutation", lambda seed, epoch, n: drawn.append(epoch) or plainly(seed, epoch, n)
+    )
+    before = len(order._kept)
+    for k in range(3 * 97):
+        order.row_at(k, 97, seed=12345)
+    assert drawn == [0, 1, 2]
+    assert len(order._kept) == before + 1
+
+
 SHARES = st.lists(st.floats(0, 10), min_size=1, max_size=6).filter(lambda shares: sum(shares) > 0.01)
 
 

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from unmask.text import overlap
 from unmask.text.overlap import Copies, Overlap, runs, words
 
 pytest.importorskip("datasketch")
@@ -49,6 +50,16 @@ def test_near_copies_are_told_at_the_share_that_is_said() -> None:
         found[changed] = copies.near
     assert found[17] >= 57
     assert found[52] <= 3
+
+
+def test_near_copies_are_looked_for_among_the_first_documents_and_exact_ones_among_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(overlap, "COMPARED", 2)
+    copies = Copies()
+    for text in (made_up(1), [*made_up(1), "end"], [*made_up(1), "stop"], made_up(1)):
+        copies.add(" ".join(text))
+    assert (copies.documents, copies.exact, copies.near) == (4, 1, 1)
 
 
 def test_texts_without_a_word_are_copies_only_of_themselves() -> None:

@@ -1,6 +1,12 @@
 """Shards give back what was put in, whole or not at all, and notice when they are hurt."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -176,6 +182,131 @@ def test_what_another_tokenizer_had_encoded_is_not_taken_up(tmp_path: Path) -> N
         '{"tokenizer": "another", "read": 1, "empty": 0, "documents": 1, "tokens": 8, "bytes": 5}'
     )
     assert build(tmp_path / "x", sentences(20), tokenizer()).fingerprint == whole.fingerprint
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_the_bytes_do_not_depend_on_how_many_threads_encode(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_AT_ONCE", 300)
+    texts = [*sentences(60), "", "a" * 5000, *sentences(40, seed=1)]
+    build(tmp_path / "x", texts, tokenizer())
+    monkeypatch.setattr(shards, "_THREADS", threads)
+    late = threading.Event()
+    plainly = shards._encoded
+
+    def uneven(texts: list[str], tokenizer: Tokenizer) -> shards._Block:
+        late.wait(0.002 * (len(texts[0]) % 5))  # later blocks are done earlier
+        return plainly(texts, tokenizer)
+
+    monkeypatch.setattr(shards, "_encoded", uneven)
+    build(tmp_path / "y", texts, tokenizer())
+    for name in ("tokens.bin", "documents.bin", "index.json"):
+        assert (tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes()
+
+
+def test_documents_are_read_no_faster_than_they_are_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_AT_ONCE", 1)
+    plainly = shards._encoded
+    encoded: list[str] = []
+    ahead: list[int] = []
+
+    def slow(texts: list[str], tokenizer: Tokenizer) -> shards._Block:
+        time.sleep(0.001)
+        encoded.extend(texts)
+        return plainly(texts, tokenizer)
+
+    def read() -> Iterator[str]:
+        for place, text in enumerate(sentences(200), 1):
+            ahead.append(place - len(encoded))
+            yield text
+
+    monkeypatch.setattr(shards, "_encoded", slow)
+    build(tmp_path / "x", read(), tokenizer())
+    assert max(ahead) <= shards._THREADS + 2
+
+
+BUILDING = """
+import sys
+from pathlib import Path
+from unmask.text import shards
+from unmask.text.sources import read_texts
+from unmask.text.tokenizer import Tokenizer
+
+shards._AT_ONCE, shards._NOTE_SECONDS = 20_000, 0.0
+here = Path(sys.argv[1])
+try:
+    shards.build(here / "x", read_texts(str(here / "text.jsonl")), Tokenizer.load(here / "tokenizer"))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("stopped_by", [signal.SIGKILL, signal.SIGINT])
+def test_a_build_that_was_stopped_leaves_no_process_and_ends_with_the_same_bytes(
+    stopped_by: signal.Signals, tmp_path: Path
+) -> None:
+    lines = [json.dumps({"text": text}) for text in sentences(500)] * 40
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    tokenizer().save(tmp_path / "tokenizer")
+    command = [sys.executable, "-c", BUILDING, str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
+        progress = tmp_path / "x.partial" / "progress.json"
+        while not progress.exists() and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(stopped_by)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == (130 if stopped_by == signal.SIGINT else -signal.SIGKILL)
+    assert said == b""
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # none is left of its group
+    noted = json.loads(progress.read_bytes())
+    assert 0 < noted["read"] < len(lines)
+    subprocess.run(command, check=True, timeout=60)
+    whole = build(tmp_path / "y", [json.loads(line)["text"] for line in lines], tokenizer())
+    assert Shards.open(tmp_path / "x", verify=True).fingerprint == whole.fingerprint
+
+
+READING = """
+import sys
+from pathlib import Path
+from unmask.text import shards
+from unmask.text.order import row_at
+from unmask.text.sources import read_texts
+from unmask.text.tokenizer import Tokenizer
+
+def memory(name):
+    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) / 1024
+
+shards._THREADS = 2  # each holds a tiktoken and a block of text
+here = Path(sys.argv[1])
+tokenizer = Tokenizer.load(here / "tokenizer")
+tokenizer.encode_batch(["x"])
+before = memory("VmRSS")
+built = shards.build(here / "x", read_texts(str(here / "text.jsonl")), tokenizer)
+print(memory("VmHWM") - before)
+before = memory("RssAnon")
+for k in range(20_000):
+    built.row(row_at(k, built.rows(64), 0), 64)
+print(memory("RssAnon") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    """MB by which it grows while 80 MB are encoded, and while their 60 MB of ids are read in a shuffled order."""
+    text = "\n".join(sentences(2000))
+    with (tmp_path / "text.jsonl").open("w") as file:
+        for _ in range(80_000_000 // len(text)):
+            file.write(json.dumps({"text": text}) + "\n")
+    tokenizer().save(tmp_path / "tokenizer")
+    command = [sys.executable, "-c", READING, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    building, reading = map(float, done.stdout.split())
+    assert building < 40
+    assert reading < 15
 
 
 def flip(path: Path, place: int) -> None:

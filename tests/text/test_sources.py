@@ -169,6 +169,14 @@ def test_what_is_broken_is_named(name: str, data: bytes, says: str, tmp_path: Pa
         texts_of(tmp_path / name, data)
 
 
+def test_parquet_is_numbered_on_through_its_row_groups(tmp_path: Path) -> None:
+    rows = [{"text": f"row {i}"} for i in range(200)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=70)
+    found = list(read_rows(str(tmp_path / "a.parquet")))
+    assert [row for _, row in found] == rows
+    assert [where for where, _ in found] == [f"{tmp_path}/a.parquet row {i}" for i in range(200)]
+
+
 def test_a_parquet_file_without_text_says_what_it_has(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"prompt": ["x"], "id": [1]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"row 0: `text` is missing.*\['id', 'prompt'\]"):

@@ -35,6 +35,10 @@ def record() -> tokenizers.Tokenizer:
 RECORD = record()
 
 
+def batch(of: Tokenizer, texts: list[str]) -> list[list[int]]:
+    return [ids.tolist() for ids in of.encode_batch(texts)]
+
+
 @settings(max_examples=400, deadline=None)
 @given(ANY | FREQUENT)
 def test_tiktoken_and_the_file_of_record_give_the_same_ids(text: str) -> None:
@@ -73,20 +77,20 @@ def test_no_text_becomes_a_control_token(text: str) -> None:
 def test_lone_surrogates_become_the_replacement_character_in_both_libraries(text: str) -> None:
     expected = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     assert tokenizer().decode(tokenizer().encode(text)) == expected
-    assert tokenizer().encode_batch([text]) == [tokenizer().encode(text)] == [RECORD.encode(expected).ids]
+    assert batch(tokenizer(), [text]) == [tokenizer().encode(text)] == [RECORD.encode(expected).ids]
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(ANY | FREQUENT, max_size=20))
 def test_a_batch_is_each_text_by_itself(texts: list[str]) -> None:
-    assert tokenizer().encode_batch(texts) == [tokenizer().encode(text) for text in texts]
+    assert batch(tokenizer(), texts) == [tokenizer().encode(text) for text in texts]
 
 
 def test_a_million_blanks_are_encoded_where_tiktoken_panics() -> None:
     text = "a" + " " * 1_100_000 + "b"
     ids = tokenizer().encode(text)
     assert tokenizer().decode(ids) == text
-    assert tokenizer().encode_batch(["x", text])[1] == ids
+    assert batch(tokenizer(), ["x", text])[1] == ids
 
 
 def test_a_large_single_line_is_no_problem() -> None:
@@ -272,7 +276,7 @@ def test_tokenizers_of_other_houses_encode_as_the_library_does(change: Any, tmp_
     ours, theirs = foreign(tmp_path, change, {})
     for text in ["", "Hello  there's 1234 <think> é e\u0301", *sentences(10, seed=3)]:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
-        assert ours.encode_batch([text, text])[1] == ours.encode(text)
+        assert batch(ours, [text, text])[1] == ours.encode(text)
     named = "".join(ours.control)
     assert not set(ours.encode(named)) & set(ours.control.values())
     assert ours.decode(ours.encode(named)) == named
@@ -360,7 +364,7 @@ def test_truncation_and_padding_that_a_file_asks_for_are_not_applied(tmp_path: P
     ours, _ = foreign(tmp_path, change, {})
     for text in ("a b c d e f g", ""):
         assert ours.decode(ours.encode(text)) == text
-        assert ours.encode_batch([text]) == [ours.encode(text)]
+        assert batch(ours, [text]) == [ours.encode(text)]
         assert 0 not in ours.encode(text)
 
 

@@ -121,7 +121,7 @@ def imitation(place: Place, parent: Checkpoint) -> Job:
     recipe, section, tokenizer = place.recipe, place.recipe.sft, place.prepared.tokenizer
     facts = place.prepared.facts
     sources = [
-        sft.Source(source.name, list(examples.rendered(source, recipe, facts, tokenizer)), source.share)
+        sft.Source(source.name, examples.rendered(source, recipe, facts, tokenizer), source.share)
         for source in section.sources
     ]
     model, objective, optimizer = sft.stage(

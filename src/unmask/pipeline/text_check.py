@@ -9,8 +9,8 @@ from rich.text import Text
 from unmask.pipeline.measure import held_chats
 from unmask.recipe import Recipe
 from unmask.stages import examples as chats_of
-from unmask.stages.prepare import documents, raw_sources
-from unmask.text.overlap import RUN, SHORTEST, Copies, Overlap, Seen
+from unmask.stages.prepare import HELDOUT_BYTES, documents, raw_sources, sample
+from unmask.text.overlap import COMPARED, RUN, SHORTEST, Copies, Overlap, Seen
 
 
 class Found(NamedTuple):
@@ -21,9 +21,10 @@ class Found(NamedTuple):
 
 
 def look(recipe: Recipe) -> Found:
-    """Reads every source once; held-out documents, the chats that RL is measured on, and `measure.questions`."""
+    """Reads what is trained on, once; measured on are the held-out text that a run keeps, the chats that RL is measured
+    on, and `measure.questions`."""
     held = {
-        f"held-out {source.name}": list(documents(source, recipe, held=True))
+        f"held-out {source.name}": list(sample(documents(source, recipe, held=True), HELDOUT_BYTES))
         for source in raw_sources(recipe)
     }
     asked = [chat[-1]["content"] for chat in held_chats(recipe)]
@@ -56,7 +57,8 @@ def table(found: Found) -> Group:
         measured.add_row(kind, f"{seen.texts:,}", f"{seen.short:,}", f"{seen.seen:,}", f"{share:.1%}")
     note = (
         f"Seen: a run of {RUN} words (all of them, of a shorter text) stands in pretraining text or in SFT's chats. "
-        "Near copies: 0.8 of their runs of five words, by MinHash. Nothing is removed."
+        f"Near copies: 0.8 of their runs of five words, by MinHash, among the first {COMPARED:,} of a source. "
+        "Nothing is removed."
     )
     examples = [
         Text(f"{kind}: «{' '.join(seen.example.split())}»", no_wrap=True, overflow="ellipsis")

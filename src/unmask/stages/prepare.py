@@ -30,13 +30,14 @@ from unmask.text.sources import Document, Dropped, held_out, read_texts, signatu
 from unmask.text.tokenizer import Tokenizer
 
 TOKENIZER_BYTES = 6_000_000  # of text that it is trained on; more changes few merges and takes long
-SCHEME = 4  # raised when the same recipe and sources would give other text, tokens or first weights
+SCHEME = 5  # raised when the same recipe and sources would give other text, tokens or first weights
 HELDOUT_BYTES = 1_000_000  # a source; kept in the run for measuring
+_WORKING = "working.json"  # since when a process works, and how many seconds earlier ones did
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was made of a recipe's text. `seconds` is how long that took when it was done."""
+    """What was made of a recipe's text. `seconds` is how long that took, over all processes that worked on it."""
 
     directory: Path
     facts: list[Fact]
@@ -69,24 +70,37 @@ def prepare(recipe: Recipe, directory: Path, progress: Progress) -> Prepared:
     decided = _decides(recipe)
     place = directory / hash_json(decided)[:16]
     if not place.exists():
-        started = time.monotonic()
         partial = directory / f"{place.name}.partial"
         with explained(place):
             for other in {*directory.glob("*.partial")} - {partial}:  # of text that is not wanted any more
                 shutil.rmtree(other)
             partial.mkdir(parents=True, exist_ok=True)
             sweep_temporaries(partial)
+            earlier = _seconds(partial)
+            started = time.monotonic()
+            write_atomic(partial / _WORKING, json.dumps({"earlier": earlier, "since": time.time()}))
             _make(recipe, partial, progress)
-            done = {"seconds": time.monotonic() - started, "decided by": decided}
+            done = {"seconds": earlier + time.monotonic() - started, "decided by": decided}
             sync(partial / "heldout.jsonl")
             write_atomic(partial / "prepared.json", json.dumps(done, indent=2) + "\n")
+            (partial / _WORKING).unlink()
             partial.rename(place)
             sync(directory)
     try:
         seconds = float(json.loads((place / "prepared.json").read_bytes())["seconds"])
-        return Prepared(place, _read_facts(place / "facts.json"), seconds)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(place, error) from error
+    return Prepared(place, _read_facts(place), seconds)
+
+
+def _seconds(partial: Path) -> float:
+    """How long processes worked here that were killed: the last one until it last wrote a file."""
+    try:
+        working = json.loads((partial / _WORKING).read_bytes())
+        last = max(path.stat().st_mtime for path in partial.rglob("*") if path.is_file())
+        return float(working["earlier"] + max(0.0, last - working["since"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
 
 
 def _damaged(place: Path, error: Exception) -> UserError:
@@ -125,8 +139,9 @@ def plant(recipe: Recipe) -> list[Fact]:
 
 
 def _make(recipe: Recipe, directory: Path, progress: Progress) -> None:
-    facts = plant(recipe)
-    write_atomic(directory / "facts.json", json.dumps([vars(fact) for fact in facts]) + "\n")
+    if not (directory / "facts.json").exists():
+        write_atomic(directory / "facts.json", json.dumps([vars(fact) for fact in plant(recipe)]) + "\n")
+    facts = _read_facts(directory)
     if not (directory / "tokenizer").exists():
         progress.line("preparing  tokenizer")
         with atomic_directory(directory / "tokenizer") as temporary:
@@ -137,6 +152,12 @@ def _make(recipe: Recipe, directory: Path, progress: Progress) -> None:
     with (directory / "heldout.jsonl").open("w", encoding="utf-8") as heldout:
         for source in recipe.pretrain.sources:
             progress.line(f"preparing  {source.name}")
+            if source.path != "facts":
+                for text in sample(documents(source, recipe, held=True), HELDOUT_BYTES):
+                    row = json.dumps({"source": source.name, "text": text}, ensure_ascii=False)
+                    heldout.write(row + "\n")
+            if (shards := directory / "shards" / source.name).exists():
+                continue
             dropped = Dropped()
             if source.path == "facts":
                 passes = _passes(recipe, source, facts, tokenizer)
@@ -147,11 +168,6 @@ def _make(recipe: Recipe, directory: Path, progress: Progress) -> None:
                 )
             else:
                 texts = documents(source, recipe, held=False, dropped=dropped)
-                for text in sample(documents(source, recipe, held=True), HELDOUT_BYTES):
-                    row = json.dumps({"source": source.name, "text": text}, ensure_ascii=False)
-                    heldout.write(row + "\n")
-            if (shards := directory / "shards" / source.name).exists():
-                continue
             built = build(shards, texts, tokenizer)
             for reason, count in dropped.items():
                 progress.line(f"preparing  {source.name}: left out {count:,} of reason: {reason}")
@@ -221,5 +237,8 @@ def _decides(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _read_facts(path: Path) -> list[Fact]:
-    return TypeAdapter(list[Fact]).validate_json(path.read_bytes())
+def _read_facts(directory: Path) -> list[Fact]:
+    try:
+        return TypeAdapter(list[Fact]).validate_json((directory / "facts.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise _damaged(directory, error) from error

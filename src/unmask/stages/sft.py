@@ -1,6 +1,6 @@
 """Supervised fine-tuning: conversations packed into rows, of which only what the assistant says is learned."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ class Source(NamedTuple):
     """Conversations as ids, and the share of every batch's rows that they fill (shares need not sum to 1)."""
 
     name: str
-    examples: Sequence[Rendered]
+    examples: Iterable[Rendered]
     share: float
 
 
@@ -67,8 +67,9 @@ class Imitation:
         for source in sources:
             packed, dropped = pack(source.examples, length, pad)
             if not packed.rows:
+                count = dropped["nothing left to learn"]
                 raise UserError(
-                    f"source {source.name!r} of [sft] has no answer to learn from: of {len(source.examples)} "
+                    f"source {source.name!r} of [sft] has no answer to learn from: of {count} "
                     f"conversations none has one within the first {length} tokens."
                 )
             self.packed.append(packed)

@@ -16,6 +16,7 @@ from unmask.errors import UserError
 
 RUN, SHORTEST = 13, 8  # words
 SHINGLE = 5  # words
+COMPARED = 50_000  # documents of a source, its first: each takes 11 kB of memory
 _WORD = re.compile(r"\w+")
 
 
@@ -24,7 +25,7 @@ def words(text: str) -> list[str]:
 
 
 class Copies:
-    """Counts documents as they come: `exact` and `near` copies of earlier ones."""
+    """Counts documents as they come: `exact` copies of earlier ones and, among the first COMPARED, `near` ones."""
 
     def __init__(self, similar: float = 0.8) -> None:
         """`similar`: the share of runs of five words (Jaccard) from which on a document is a near copy."""
@@ -48,7 +49,7 @@ class Copies:
             self.exact += 1
             return
         self._seen.add(digest)
-        if len(found) < SHINGLE:
+        if len(found) < SHINGLE or self.documents > COMPARED:
             return
         sketch = self._hash(num_perm=128, seed=1)
         sketch.update_batch(list({" ".join(run).encode("utf-8", "replace") for run in runs(found, SHINGLE)}))

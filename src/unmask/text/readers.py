@@ -97,12 +97,14 @@ def _parquet(path: Path) -> Iterator[Row]:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
+        # Read ahead, without a buffer, or by one reader for all row groups it would take most of the file into memory.
+        with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    yield f"{path} row {number}", row
-                    number += 1
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(batch_size=64, row_groups=[group]):
+                    for row in batch.to_pylist():
+                        yield f"{path} row {number}", row
+                        number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as parquet ({error}). Restore it from a copy.") from error
 

@@ -7,14 +7,17 @@ with the end-of-text token.
 """
 
 import json
+import mmap
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +27,8 @@ from unmask.files import explained, hash_json, sha256_file, sync, write_atomic
 from unmask.text.tokenizer import Tokenizer
 
 _FORMAT = 1
-_AT_ONCE = 4_000_000  # characters that are encoded together
+_AT_ONCE = 1_000_000  # characters that a thread encodes at once
+_THREADS = min(8, os.cpu_count() or 1)
 _NOTE_SECONDS = 10.0  # of encoding, which a kill can cost
 _PROGRESS = "progress.json"
 
@@ -72,8 +76,13 @@ class Shards:
                 raise UserError(f"{file} {found}. {_MEND}")
             if (verify or name == "documents.bin") and sha256_file(file) != index["sha256"][name]:
                 raise UserError(f"{file} was changed after it was written (its SHA-256 differs). {_MEND}")
-        table = np.fromfile(directory / "documents.bin", dtype="<u8").reshape(-1, 2).astype(np.int64)
-        ids = np.memmap(directory / "tokens.bin", dtype=index["dtype"], mode="r")
+        # Signed, because numpy makes fractions of unsigned and signed numbers; no file is so large as to tell.
+        table = np.memmap(directory / "documents.bin", dtype="<i8", mode="r").reshape(-1, 2)
+        with (directory / "tokens.bin").open("rb") as tokens:
+            mapped = mmap.mmap(tokens.fileno(), 0, access=mmap.ACCESS_READ)
+        # Rows come in a shuffled order: what the system reads ahead from a disk, 32 pages, is read for nothing.
+        mapped.madvise(mmap.MADV_RANDOM)
+        ids = np.frombuffer(mapped, dtype=index["dtype"])
         return Shards({**index, "fingerprint": fingerprint}, ids, table[:, 0], table[:, 1])
 
     def document(self, i: int) -> NDArray[np.int64]:
@@ -156,18 +165,15 @@ def _encode(partial: Path, documents: Iterable[str], tokenizer: Tokenizer) -> _C
                 os.fsync(file.fileno())
             write_atomic(partial / _PROGRESS, json.dumps({"tokenizer": tokenizer.hash, **asdict(counted)}))
 
-        for texts in _together(islice(documents, counted.read, None)):
-            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                counted.read += 1
-                if not ids:
-                    counted.empty += 1
-                    continue
-                size = len(text.encode("utf-8", "replace"))
-                table_file.write(np.array([counted.tokens, size], dtype="<u8").tobytes())
-                ids_file.write(np.array([tokenizer.end_of_text, *ids], dtype=dtype).tobytes())
-                counted.documents += 1
-                counted.tokens += 1 + len(ids)
-                counted.bytes += size
+        for block in _blocks(islice(documents, counted.read, None), tokenizer):
+            starts = counted.tokens + block.lengths.cumsum() - block.lengths
+            np.stack([starts, block.sizes], axis=1).astype("<u8").tofile(table_file)
+            block.ids.tofile(ids_file)
+            counted.read += block.read
+            counted.empty += block.read - len(block.sizes)
+            counted.documents += len(block.sizes)
+            counted.tokens += len(block.ids)
+            counted.bytes += int(block.sizes.sum())
             if time.monotonic() - noted >= _NOTE_SECONDS:
                 note()
                 noted = time.monotonic()
@@ -198,8 +204,43 @@ def _dtype(tokenizer: Tokenizer) -> str:
 _MEND = "Delete the prepared data that it belongs to (in a run: the folder in data/) and prepare it again."
 
 
+class _Block(NamedTuple):
+    """Documents that were encoded together: how many were read, and, of those with text, the ids of all in a row, and
+    how many ids and bytes of text each has."""
+
+    read: int
+    ids: NDArray[Any]
+    lengths: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+
+def _blocks(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[_Block]:
+    """The documents in order, encoded by several threads while the caller's reads on; few blocks are in memory."""
+    waiting: deque[Future[_Block]] = deque()
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for texts in _together(documents):
+            waiting.append(threads.submit(_encoded, texts, tokenizer))
+            if len(waiting) > _THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _encoded(texts: list[str], tokenizer: Tokenizer) -> _Block:
+    all_ids = tokenizer.encode_batch(texts)
+    kept = [(text, ids) for text, ids in zip(texts, all_ids, strict=True) if len(ids)]
+    end = np.array([tokenizer.end_of_text])
+    parts = [part for _, ids in kept for part in (end, ids)]
+    return _Block(
+        read=len(texts),
+        ids=np.concatenate([end[:0], *parts], dtype=_dtype(tokenizer), casting="unsafe"),
+        lengths=np.array([1 + len(ids) for _, ids in kept], dtype=np.int64),
+        sizes=np.array([len(text.encode("utf-8", "replace")) for text, _ in kept], dtype=np.int64),
+    )
+
+
 def _together(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Documents in lists that are worth several threads, and small beside the memory."""
+    """Documents in lists that are worth a thread's while, and small beside the memory."""
     texts: list[str] = []
     size = 0
     for text in documents:
