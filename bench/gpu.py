@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # `harness`, also for whoever loads this file by its path
-import harness
-from harness import DTYPES
+import peers
+from harness import DTYPES, spread
 
 from unmask.errors import UserError
 from unmask.model.compiled import compiles, lacking
@@ -76,24 +76,17 @@ def ours(config: ModelConfig, ids: Tensor, options: argparse.Namespace) -> Calla
 
 def nanogpt(config: ModelConfig, ids: Tensor, options: argparse.Namespace) -> Callable[[], object]:
     """A step as its `train.py` takes it: autocast, compiled where ours is, a fused AdamW."""
-    module = harness.nanogpt(options.nanogpt_dir)
-    given = module.GPTConfig(
-        block_size=config.max_position_embeddings, vocab_size=config.vocab_size, n_layer=config.num_hidden_layers,
-        n_head=config.num_attention_heads, n_embd=config.hidden_size, dropout=0.0, bias=False,
-    )  # fmt: skip
-    model = module.GPT(given).to(options.device)
-    optimizer = model.configure_optimizers(0.1, 3e-4, (0.9, 0.95), options.device.type)
-    run = torch.compile(model) if options.compile else model
-    autocast = torch.autocast(options.device.type, options.dtype, enabled=options.dtype is torch.bfloat16)
+    peer = peers.nanogpt(
+        options.nanogpt_dir,
+        config,
+        device=options.device.type,
+        dtype=options.dtype,
+        compile=options.compile,
+    )
 
     def step() -> None:
         batch = sent(ids, options.device)
-        with autocast:
-            _, loss = run(batch[:, :-1], batch[:, 1:].contiguous())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        peer.step(batch[:, :-1], batch[:, 1:].contiguous(), clip=1.0)
 
     return step
 
@@ -137,10 +130,6 @@ def seconds_of(step: Callable[[], object], options: argparse.Namespace) -> float
         step()
     machine.synchronize(options.device)
     return time.perf_counter() - start
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
 def main() -> None:

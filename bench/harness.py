@@ -1,12 +1,9 @@
 """What the benchmarks share: shapes, the timing, and the JSON line."""
 
-import importlib.util
 import json
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,27 +53,22 @@ def dtype_here() -> str:
 
 def seconds_of(work: Callable[[], object], times: int) -> dict[str, float]:
     """Median, least and most seconds of `times` calls after a first one, which also allocates."""
-    taken = []
+    return spread(in_turn({"": work}, times)[""])
+
+
+def in_turn(works: Mapping[str, Callable[[], object]], times: int) -> dict[str, list[float]]:
+    """Seconds of `times` calls of each, in turn round by round, after a round that compiles and allocates."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(times + 1):
-        start = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - start)
-    return {
-        "median": statistics.median(taken[1:]),
-        "min": min(taken[1:]),
-        "max": max(taken[1:]),
-        "n": times,
-    }
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            taken[name].append(time.perf_counter() - start)
+    return {name: each[1:] for name, each in taken.items()}
 
 
-def nanogpt(clone: Path) -> Any:
-    """The module `model.py` of a clone of github.com/karpathy/nanoGPT."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", clone / "model.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look for it there
-    spec.loader.exec_module(module)
-    return module
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
 def say(bench: str, **numbers: Any) -> None:

@@ -11,18 +11,15 @@ One JSON line each: nats a token on the same held-out rows, and how much more th
 
 import argparse
 import math
-import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import harness
 import numpy as np
+import peers
 import torch
 from harness import say
 from torch import Tensor
@@ -66,6 +63,10 @@ def read(path: str, vocabulary: int, directory: Path) -> Text:
     return Text(train, torch.from_numpy(np.stack(rows)), tokenizer.rows, tokenizer.end_of_text)
 
 
+def shape(text: Text, depth: int = 6) -> ModelConfig:
+    return ModelConfig.from_depth(depth, vocabulary=text.vocabulary, context=LENGTH)
+
+
 def stage(
     text: Text, tokens: int, depth: int = 6, seed: int = 0, **rates: float
 ) -> tuple[Decoder, loop.Objective, Optimizer]:
@@ -73,7 +74,7 @@ def stage(
     device = machine.pick_device()
     rates = pretraining_rates(depth) | rates
     return pretrain.stage(
-        ModelConfig.from_depth(depth, vocabulary=text.vocabulary, context=LENGTH),
+        shape(text, depth),
         [pretrain.Source("text", text.train, 1.0)],
         length=LENGTH,
         tokens=tokens,
@@ -133,110 +134,51 @@ def unmask(text: Text) -> Contender:
 
 def nanogpt(text: Text, clone: Path) -> Contender:
     """train.py with config/train_shakespeare_char.py, its author's for small models, but no dropout: one epoch."""
-    module = harness.nanogpt(clone)
-    with redirect_stdout(sys.stderr):
-        model = module.GPT(
-            module.GPTConfig(
-                block_size=LENGTH,
-                vocab_size=text.vocabulary,
-                n_layer=6,
-                n_head=4,
-                n_embd=256,
-                dropout=0.0,
-                bias=False,
-            )
-        )
-        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
-    compiled: Any = torch.compile(model)
     warmup, lr, least = 100, 1e-3, 1e-4
+    peer = peers.nanogpt(clone, shape(text), lr=lr, betas=(0.9, 0.99))
 
     def step(number: int, steps: int) -> None:
         done = (number - warmup) / max(1, steps - warmup)
-        now = lr * (number + 1) / (warmup + 1) if number < warmup else least
+        now = lr * (number + 1) / (warmup + 1)
         if number >= warmup:
-            now += 0.5 * (1 + math.cos(math.pi * done)) * (lr - least)
-        for group in optimizer.param_groups:
+            now = least + 0.5 * (1 + math.cos(math.pi * done)) * (lr - least)
+        for group in peer.optimizer.param_groups:
             group["lr"] = now
-        with torch.autocast("cpu", torch.bfloat16):
-            _, loss = compiled(*batch(text, number))
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        peer.step(*batch(text, number), clip=1.0)
 
-    def losses() -> Tensor:
-        model.eval()
-        return _losses(lambda inputs, targets: model(inputs, targets)[0], text)
-
-    return Contender(step, losses)
+    return Contender(step, lambda: _losses(peer.logits, text))
 
 
-def nanochat(text: Text, clone: str) -> Contender:
+def nanochat(text: Text, clone: Path) -> Contender:
     """scripts/base_train.py with its defaults, and what it derives from a batch of 4,096 tokens and the steps."""
-    os.environ["NANOCHAT_DTYPE"] = "bfloat16"
-    sys.path.insert(0, clone)
-    from nanochat.gpt import GPT, GPTConfig
-
-    def made(layers: int, width: int, vocabulary: int, heads: int) -> Any:
-        return GPT(
-            GPTConfig(
-                sequence_len=LENGTH,
-                vocab_size=vocabulary,
-                n_layer=layers,
-                n_head=heads,
-                n_kv_head=heads,
-                n_embd=width,
-                window_pattern="L",
-            )
-        )
-
-    def scaling(model: Any) -> int:
-        counts = model.num_scaling_params()
-        return int(counts["transformer_matrices"] + counts["lm_head"])
-
-    with redirect_stdout(sys.stderr):
-        with torch.device("meta"):
-            reference = scaling(made(12, 768, text.vocabulary, 6))
-            model: Any = made(6, 256, text.vocabulary, 4)
-        model.to_empty(device="cpu")
-        model.init_weights()
-        share = (ROWS * LENGTH / 2**19) ** 0.5
-        decay = 0.28 * share * reference / scaling(model)
-        optimizer = model.setup_optimizer(
-            unembedding_lr=0.008 * share,
-            embedding_lr=0.3 * share,
-            scalar_lr=0.5 * share,
-            matrix_lr=0.02 * share,
-            weight_decay=decay,
-        )
-    compiled: Any = torch.compile(model, dynamic=False)
+    share = (ROWS * LENGTH / 2**19) ** 0.5
+    rates = {"unembedding_lr": 0.008, "embedding_lr": 0.3, "scalar_lr": 0.5, "matrix_lr": 0.02}
+    peer = peers.nanochat(clone, shape(text), **{name: rate * share for name, rate in rates.items()})
+    # It tunes at depth 12; the decay of other models falls as their tokens grow.
+    layers, head = 12 * 12 * 768**2, text.vocabulary * 768
+    counts = peer.model.num_scaling_params()
+    decay = 0.28 * share * (layers + head) / (counts["transformer_matrices"] + counts["lm_head"])
 
     def step(number: int, steps: int) -> None:
-        down = round(0.65 * steps)
-        left = min(1.0, (steps - number) / max(1, down))
+        left = min(1.0, (steps - number) / max(1, round(0.65 * steps)))
         scale = (number + 1) / 40 if number < 40 else left + (1 - left) * 0.05
-        momentum = 0.85 + 0.12 * min(1.0, number / 400) if number < 400 else 0.90 + 0.07 * left
-        for group in optimizer.param_groups:
+        momentum = 0.85 + 0.12 * number / 400 if number < 400 else 0.90 + 0.07 * left
+        for group in peer.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale
             if group["kind"] == "muon":
                 group["momentum"] = momentum
                 group["weight_decay"] = decay * 0.5 * (1 + math.cos(math.pi * number / steps))
-        torch.autograd.backward(compiled(*batch(text, number)))
-        optimizer.step()
-        model.zero_grad(set_to_none=True)
+        peer.step(*batch(text, number))
 
-    def losses() -> Tensor:
-        return _losses(lambda inputs, targets: model(inputs), text)
-
-    return Contender(step, losses)
+    return Contender(step, lambda: _losses(peer.logits, text))
 
 
 @torch.no_grad()
-def _losses(logits: Callable[[Tensor, Tensor], Tensor], text: Text) -> Tensor:
+def _losses(logits: Callable[[Tensor], Tensor], text: Text) -> Tensor:
     """Nats a token of each held-out row, from logits in float32."""
     losses = []
     for rows in torch.split(text.held, 32):
-        log_p = logits(rows[:, :-1], rows[:, 1:]).float().log_softmax(-1)
+        log_p = logits(rows[:, :-1].contiguous()).float().log_softmax(-1)
         losses.append(-log_p.gather(2, rows[:, 1:, None])[..., 0].mean(1))
     return torch.cat(losses)
 
@@ -259,7 +201,7 @@ def main() -> None:
     parser.add_argument("--text", default="sotu", help="a source as a recipe names them")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--nanogpt-dir", type=Path, help="a clone of karpathy/nanoGPT")
-    parser.add_argument("--nanochat-dir", help="a clone of karpathy/nanochat")
+    parser.add_argument("--nanochat-dir", type=Path, help="a clone of karpathy/nanochat")
     parser.add_argument("--rounds", type=int, default=20, help="steps of each that are timed")
     parser.add_argument("--vocabulary", type=int, default=4096)
     options = parser.parse_args()

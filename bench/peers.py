@@ -1,0 +1,94 @@
+"""Other people's models and optimizers, from clones that a user names; nothing of their code is here."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unmask.model.config import ModelConfig
+
+
+class Peer(NamedTuple):
+    """`loss` of inputs and targets (B, T), compiled if asked; `logits` (B, T, V) of inputs, uncompiled."""
+
+    model: Any
+    optimizer: Any
+    loss: Callable[[Tensor, Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor]
+
+    def step(self, inputs_BT: Tensor, targets_BT: Tensor, clip: float | None = None) -> None:
+        torch.autograd.backward(self.loss(inputs_BT, targets_BT))
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+
+
+def nanogpt(
+    clone: Path,
+    config: ModelConfig,
+    *,
+    lr: float = 3e-4,
+    betas: tuple[float, float] = (0.9, 0.95),
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    compile: bool = True,
+) -> Peer:
+    """github.com/karpathy/nanoGPT, as its train.py makes it: autocast, no dropout, no biases."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", clone / "model.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look for it there
+    with redirect_stdout(sys.stderr):
+        spec.loader.exec_module(module)
+        given = module.GPTConfig(
+            block_size=config.max_position_embeddings,
+            vocab_size=config.vocab_size,
+            n_layer=config.num_hidden_layers,
+            n_head=config.num_attention_heads,
+            n_embd=config.hidden_size,
+            dropout=0.0,
+            bias=False,
+        )
+        model = module.GPT(given).to(device)
+        optimizer = model.configure_optimizers(0.1, lr, betas, device)
+    run = torch.compile(model) if compile else model
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(device, dtype, enabled=dtype is torch.bfloat16):
+            found: Tensor = run(inputs, targets)[1]
+        return found
+
+    # Without targets it gives the last position's alone.
+    return Peer(model, optimizer, loss, lambda inputs: model(inputs, inputs)[0])
+
+
+def nanochat(clone: Path, config: ModelConfig, *, compile: bool = True, **rates: float) -> Peer:
+    """github.com/karpathy/nanochat, with full attention in every layer: bfloat16, and its own Muon with AdamW."""
+    os.environ["NANOCHAT_DTYPE"] = "bfloat16"  # read when it is first imported
+    sys.path.insert(0, str(clone))
+    with redirect_stdout(sys.stderr):
+        from nanochat.gpt import GPT, GPTConfig
+
+        given = GPTConfig(
+            sequence_len=config.max_position_embeddings,
+            vocab_size=config.vocab_size,
+            n_layer=config.num_hidden_layers,
+            n_head=config.num_attention_heads,
+            n_kv_head=config.num_attention_heads,
+            n_embd=config.hidden_size,
+            window_pattern="L",
+        )
+        with torch.device("meta"):
+            model: Any = GPT(given)
+        model.to_empty(device="cpu")
+        model.init_weights()
+        optimizer = model.setup_optimizer(**rates)
+    run: Any = torch.compile(model, dynamic=False) if compile else model
+    return Peer(model, optimizer, run, model)
