@@ -20,7 +20,7 @@ def width_of(depth: int) -> int:
 
 def pretraining_rates(depth: int) -> dict[str, float]:
     """AdamW's rate falls as 1/width from what was found at 256; Muon's update has a size of its own: its rate stays."""
-    return {"lr": 3e-3 * 256 / width_of(depth), "matrix_lr": 0.02}
+    return {"lr": 6e-3 * 256 / width_of(depth), "matrix_lr": 0.01}
 
 
 def resolve(recipe: Recipe) -> Recipe:
