@@ -1,6 +1,6 @@
 """Muon: momentum, made orthogonal, for the matrices inside layers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -58,22 +58,24 @@ class Muon:
     @torch.no_grad()
     def step(self, lr_scale: float) -> None:
         """One update with rates[name]·lr_scale. A matrix without a gradient is left as it is."""
-        alike: dict[tuple[torch.Size, float], list[str]] = {}
+        same_shape: dict[torch.Size, list[str]] = {}
         for name, matrix in self.matrices.items():
             if matrix.grad is not None:
-                alike.setdefault((matrix.shape, self._rates[name]), []).append(name)
-        for ((rows, cols), rate), names in alike.items():
-            matrices = [self.matrices[name] for name in names]
-            ahead_NRC = torch.stack(self._advance(names)).to(self._dtype)
-            directions = dealt_out(orthogonalize, ahead_NRC, matrices[0])
-            scale, lr = max(1.0, rows / cols) ** 0.5, rate * lr_scale
-            matrices = [local(matrix) for matrix in matrices]
-            torch._foreach_mul_(matrices, 1 - lr * self._weight_decay)
-            torch._foreach_add_(matrices, directions.unbind(), alpha=-lr * scale)
+                same_shape.setdefault(matrix.shape, []).append(name)
+        for (rows, cols), names in same_shape.items():
+            # One matrix after the other, not all at once: each stays in the processor's cache from line to line.
+            ahead_NRC = torch.stack([self._advance(name).to(self._dtype) for name in names])
+            directions = dealt_out(orthogonalize, ahead_NRC, self.matrices[names[0]])
+            scale = max(1.0, rows / cols) ** 0.5
+            for name, direction in zip(names, directions, strict=True):
+                lr, matrix = self._rates[name] * lr_scale, local(self.matrices[name])
+                if self._weight_decay:
+                    matrix.mul_(1 - lr * self._weight_decay)
+                matrix.add_(direction, alpha=-lr * scale)
 
-    def _advance(self, names: Sequence[str]) -> tuple[Tensor, ...]:
-        """Move the momenta towards the gradients; return Nesterov's look ahead of each, of its rows that are here."""
-        grads = [local(grad) for name in names if (grad := self.matrices[name].grad) is not None]
-        momenta = [local(self._momenta[name]) for name in names]
-        torch._foreach_lerp_(momenta, grads, 1 - self._momentum)
-        return torch._foreach_lerp(grads, momenta, self._momentum)
+    def _advance(self, name: str) -> Tensor:
+        """Move the momentum towards the gradient; return Nesterov's look ahead, of the rows that are here."""
+        grad, momentum = self.matrices[name].grad, local(self._momenta[name])
+        assert grad is not None
+        momentum.lerp_(local(grad), 1 - self._momentum)
+        return local(grad).lerp(momentum, self._momentum)
