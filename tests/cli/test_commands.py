@@ -195,3 +195,17 @@ def test_a_chat_whose_input_is_closed_is_at_its_end(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(EOFError):
         read_line("> ")
+
+
+def test_ctrl_c_is_answered_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unmask.training.machine.describe", interrupted)
+    monkeypatch.setattr(sys, "argv", ["unmask", "doctor"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 130
+    assert "unmask: stopped. A run goes on" in capsys.readouterr().err

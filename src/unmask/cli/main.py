@@ -68,9 +68,10 @@ def main() -> None:
         if speaks():
             print(f"unmask: {stopped}", file=sys.stderr)
         sys.exit(75)
-    except KeyboardInterrupt:
-        print("unmask: stopped", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as left:
+        if left.code == 130:  # Ctrl-C, of which typer makes this; it has ended the line
+            print("unmask: stopped. A run goes on from what is there when it is started again.", file=sys.stderr)
+        raise
     except (MemoryError, RuntimeError) as error:
         known = isinstance(error, MemoryError | torch_memory_error())
         if not known and "can't allocate memory" not in str(
