@@ -45,9 +45,12 @@ def decoder(shape: str, seed: int = 0, context: int | None = None) -> Decoder:
     return model
 
 
+CPU = torch.device("cpu")  # where all of this runs; a GPU has bench/gpu.py
+
+
 def dtype_here() -> str:
-    """The name of what this machine computes in."""
-    dtype = machine.compute_dtype(machine.pick_device())
+    """The name of what this machine's processor computes in."""
+    dtype = machine.compute_dtype(CPU)
     return next(name for name, each in DTYPES.items() if each == dtype)
 
 
@@ -73,5 +76,5 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def say(bench: str, **numbers: Any) -> None:
     """One JSON line, with the peak memory of the process."""
-    peak = machine.peak_memory(machine.pick_device()) / 2**20
+    peak = machine.peak_memory(CPU) / 2**20
     print(json.dumps({"bench": bench, **numbers, "peak_rss_mb": peak}))

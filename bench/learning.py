@@ -3,9 +3,10 @@
     python bench/learning.py --text FOLDER --minutes 10 --nanogpt-dir CLONE --nanochat-dir CLONE
 
 Steps of all of them are timed in turn, so that what else the machine does falls on all alike. Then each trains for as
-many steps as it takes in its time, nanoGPT twice as many minutes, nanochat one and a half times. All read batches of
+many steps as fit into its time, nanoGPT twice as many minutes, nanochat one and a half times. All read batches of
 16 rows of 256 tokens of the same text in the same order, in bfloat16 where the processor has it, with what their
-authors set for small models and the schedule stretched to the steps. Time for compiling and measuring is not counted.
+authors set for small models and the schedule stretched to the steps. Compiling and measuring are not counted. How long
+a training really took beside what else the machine did is said too.
 One JSON line each: nats a token on the same held-out rows, and how much more than ours, with a 95 % interval over rows.
 """
 
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import peers
 import torch
-from harness import say
+from harness import CPU, DTYPES, dtype_here, say
 from torch import Tensor
 
 from unmask.model.config import ModelConfig
@@ -71,7 +72,6 @@ def stage(
     text: Text, tokens: int, depth: int = 6, seed: int = 0, **rates: float
 ) -> tuple[Decoder, loop.Objective, Optimizer]:
     """This project's base, with the rates that a recipe leaves to be derived, or with given ones."""
-    device = machine.pick_device()
     rates = pretraining_rates(depth) | rates
     return pretrain.stage(
         shape(text, depth),
@@ -82,8 +82,8 @@ def stage(
         micro_tokens=ROWS * LENGTH,
         end_of_text=text.end_of_text,
         settings=OptimizerSettings(lr=rates["lr"], matrix_lr=rates["matrix_lr"]),
-        dtype=machine.compute_dtype(device),
-        device=device,
+        dtype=DTYPES[dtype_here()],
+        device=CPU,
         seed=seed,
     )
 
@@ -102,10 +102,10 @@ def trained(model: Decoder, objective: loop.Objective, optimizer: Optimizer, see
 def held_losses(model: Decoder, text: Text) -> Tensor:
     """Nats a token of each held-out row, (HELD,), in the model's own precision."""
     losses = []
-    for rows in torch.split(text.held.to(model.head.device), 32):
+    for rows in torch.split(text.held, 32):
         hidden = model.hidden(rows[:, :-1]).flatten(0, 1)
         losses.append(-token_log_probs(hidden, model.head, rows[:, 1:].flatten()).view(len(rows), -1).mean(1))
-    return torch.cat(losses).cpu()
+    return torch.cat(losses)
 
 
 class Contender(NamedTuple):
@@ -218,15 +218,17 @@ def main() -> None:
         for name, make in makers.items():
             minutes = options.minutes * TIME[name]
             steps = max(1, round(60 * minutes / taken[name]))
+            began = time.perf_counter()
             if name == "unmask":
                 model, objective, optimizer = stage(text, steps * ROWS * LENGTH)
-                trained(model, objective, optimizer)
+                elapsed = trained(model, objective, optimizer)
                 losses = held_losses(model, text)
                 reference = losses
             else:
                 contender = make(text)
                 for number in range(steps):
                     contender.step(number, steps)
+                elapsed = time.perf_counter() - began
                 losses = contender.held_losses()
             assert reference is not None
             difference = losses - reference
@@ -236,6 +238,7 @@ def main() -> None:
                 model=name,
                 minutes=minutes,
                 seconds_a_step=taken[name],
+                seconds_taken=elapsed,
                 steps=steps,
                 tokens=steps * ROWS * LENGTH,
                 nats_a_token=float(losses.mean()),

@@ -19,11 +19,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # `harness`, also for whoever loads this file by its path
 import peers
-from harness import DTYPES, SHAPES, config, decoder, dtype_here, in_turn, say, spread
+from harness import CPU, DTYPES, SHAPES, config, decoder, dtype_here, in_turn, say, spread
 
 from unmask.model.decoder import Decoder
 from unmask.model.loss import cross_entropy_sum
 from unmask.training import machine
+from unmask.training.cost import flops_per_token
 from unmask.training.optimizer import Optimizer, OptimizerSettings
 
 
@@ -49,14 +50,6 @@ def make(shape: str, dtype: str, matrix_lr: str = "") -> tuple[Decoder, Any, Tor
         return cross_entropy_sum(hidden, model.head, targets_BT.flatten()) / targets_BT.numel()
 
     return model, loss_fn, TorchStyle(Optimizer(model, settings, DTYPES[dtype]))
-
-
-def flops_per_token(shape: str) -> int:
-    """6 for each weight that a token is multiplied with (head in, embedding out) + 6·L·d·T of causal attention."""
-    layers, width, vocabulary, length, _, hidden = SHAPES[shape]
-    return (
-        6 * (layers * (4 * width**2 + 3 * width * hidden) + vocabulary * width) + 6 * layers * width * length
-    )
 
 
 def main() -> None:
@@ -99,12 +92,12 @@ def main() -> None:
         if clone and options.only in (None, name):
             steps[name] = other(maker, clone)
     seconds = in_turn(steps, options.steps)
-    rate = machine.matmul_rate(DTYPES[dtype])
+    rate = machine.matmul_rate(DTYPES[dtype], device=CPU)
     for name, taken in seconds.items():
         tokens_per_second = rows * length / statistics.median(taken)
         numbers: dict[str, Any] = {"optimizer": options.optimizer, "recompute": options.recompute}
         if name == "unmask":
-            share = flops_per_token(options.shape) * tokens_per_second / rate
+            share = flops_per_token(config(options.shape), length) * tokens_per_second / rate
             numbers |= {"matmul_gflops": rate / 1e9, "fraction_of_matmul": share}
         elif "unmask" in seconds:
             numbers = {"ours_to_it": spread([b / a for a, b in zip(seconds["unmask"], taken, strict=True)])}

@@ -37,11 +37,17 @@ def test_what_is_given_stays_and_later_tokens_are_shares_of_what_is_given_to_the
     assert [section.tokens for section in sections] == [1_000_000, 250_000, 200_000, 7000]
 
 
-def test_depth_alone_widens_the_model_and_lowers_the_learning_rate() -> None:
+def test_depth_alone_widens_the_model_and_lowers_the_learning_rates() -> None:
+    """All of AdamW's by the width; Muon's stays. At 256 they are those that docs/benchmarks.md has figures of."""
     assert [recipe.width_of(depth) for depth in (1, 6, 12, 24)] == [64, 256, 512, 1024]
-    small, large = (recipe.resolve(recipe.load("tiny", [f"depth={d}"])) for d in (6, 12))
-    assert small.pretrain.lr is not None and large.pretrain.lr is not None
-    assert large.pretrain.lr == pytest.approx(small.pretrain.lr / 2)
+    for depth, narrow in ((6, 1.0), (12, 0.5)):
+        data = recipe.load("tiny", [f"depth={depth}"]).model_dump(mode="json")
+        for section, rate in (("sft", "lr"), ("reward", "lr"), ("rl", "lr"), ("rl", "critic_lr")):
+            data[section][rate] = None
+        found = recipe.resolve(recipe.validate(data, "here"))
+        rates = [found.pretrain.lr, found.sft.lr, found.reward.lr, found.rl.lr, found.rl.critic_lr]
+        assert rates == pytest.approx([narrow * rate for rate in (6e-3, 1e-3, 3e-4, 3e-5, 1e-4)])
+        assert [found.pretrain.matrix_lr, found.sft.matrix_lr, found.reward.matrix_lr] == [0.01, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(

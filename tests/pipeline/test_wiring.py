@@ -121,7 +121,7 @@ def test_sft_learns_all_answers_of_a_chat_and_of_a_fact_its_reply_alone(
     seen: dict[str, sft.Source] = {}
 
     def stage(parent: Any, sources: Any, **keys: Any) -> Any:
-        seen.update({source.name: source for source in sources})
+        seen.update({each.name: each._replace(examples=list(each.examples)) for each in sources})
         raise InterruptedError
 
     monkeypatch.setattr(sft, "stage", stage)

@@ -244,7 +244,7 @@ class Shards:
 
 
 def test_raw_text_takes_part_with_its_weight_and_its_own_denominator() -> None:
-    text = ppo.RawText([pretrain.Source("raw", cast(Any, Shards()), 1.0)], 3, 12, END_OF_TEXT)
+    text = ppo.RawText([pretrain.Source("raw", cast(Any, Shards()), 1.0)], 3, 12, END_OF_TEXT, True)
     with_text, without = begin(text=text, ptx=2.0, micro_tokens=24), begin(micro_tokens=24)
     [mixed, plain] = [loop.train_step(o, optimizer, 0, 1.0, 1.0) for _, o, optimizer in (with_text, without)]
     assert sum(isinstance(batch, Tensor) for batch in with_text[1].micro_batches(0)) == 2
@@ -254,13 +254,12 @@ def test_raw_text_takes_part_with_its_weight_and_its_own_denominator() -> None:
     assert mixed.metrics["text_loss"] == pytest.approx(expected, rel=1e-4)
     assert mixed.loss == pytest.approx(plain.loss + 2 * expected, rel=1e-4)
     assert mixed.tokens == plain.tokens + 3 * 12
-    assert (
-        with_text[1].fingerprint != begin(ptx=2.0, micro_tokens=24, text=text._replace(rows=4))[1].fingerprint
-    )
+    for other in (text._replace(rows=4), text._replace(cross_documents=False)):
+        assert with_text[1].fingerprint != begin(ptx=2.0, micro_tokens=24, text=other)[1].fingerprint
 
 
 def test_while_the_critic_warms_up_the_policy_stands_still_and_raw_text_waits() -> None:
-    text = ppo.RawText([pretrain.Source("raw", cast(Any, Shards()), 1.0)], 3, 12, END_OF_TEXT)
+    text = ppo.RawText([pretrain.Source("raw", cast(Any, Shards()), 1.0)], 3, 12, END_OF_TEXT, True)
     model, objective, optimizer = begin(text=text, ptx=1.0, critic_rollouts=1)
     fresh = {name: weight.clone() for name, weight in model.named_parameters()}
 

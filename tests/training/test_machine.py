@@ -60,3 +60,25 @@ def test_a_machine_without_compiled_kernels_says_so(monkeypatch: pytest.MonkeyPa
     for library, said in ((object(), False), (None, True)):
         monkeypatch.setattr(machine.native, "built", lambda library=library: native.Built(library, ""))
         assert ("no compiled kernels" in machine.describe(CPU)) is said
+
+
+@pytest.mark.parametrize("most", [2**31 - 1, 2**25, 0])
+def test_glibc_keeps_large_blocks_as_far_as_it_lets_itself_be_told(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older glibc refuses a threshold above 32 MiB; told of the trimming alone it would be slower than before."""
+    told: dict[int, int] = {}
+
+    class Libc:
+        @staticmethod
+        def mallopt(option: int, value: int) -> int:
+            if option == machine._M_MMAP_THRESHOLD and value > most:
+                return 0
+            told[option] = value
+            return 1
+
+    monkeypatch.setattr(machine.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Libc)
+    machine.keep_large_blocks()
+    kept = {machine._M_MMAP_THRESHOLD: most, machine._M_TRIM_THRESHOLD: 2**31 - 1}
+    assert told == (kept if most else {})

@@ -70,7 +70,9 @@ def main() -> None:
         sys.exit(75)
     except SystemExit as left:
         if left.code == 130:  # Ctrl-C, of which typer makes this; it has ended the line
-            print("unmask: stopped. A run goes on from what is there when it is started again.", file=sys.stderr)
+            print(
+                "unmask: stopped. A run goes on from what is there when it is started again.", file=sys.stderr
+            )
         raise
     except (MemoryError, RuntimeError) as error:
         known = isinstance(error, MemoryError | torch_memory_error())

@@ -39,6 +39,9 @@ def attention(
     rows, heads, queries, size = q_BHTK.shape
     groups = k_BGSK.shape[1]
     if queries == 1:
+        assert not causal or k_BGSK.shape[2] == 1 or mask is not None, (
+            "one query of several keys sees all of them"
+        )
         # One query a row, where SDPA costs a millisecond and more a layer: batched matmuls over the cache.
         q = q_BHTK.reshape(rows, groups, heads // groups, size)
         scores = (q * size**-0.5) @ k_BGSK.transpose(2, 3)

@@ -227,12 +227,15 @@ def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint, gold: Che
         )
         left_out |= place.leave_out("rl", {f"prompts of {source.name} beyond {room} tokens": dropped})
         sources.append(rollouts.Source(source.name, fitting, source.share))
-    text = ppo.RawText(
-        place.prepared.pretrain_sources(recipe),
-        max(1, recipe.pretrain.batch_tokens // recipe.context),
-        recipe.context,
-        tokenizer.end_of_text,
-    )
+    text = None
+    if section.ptx:  # else its shards need not be looked at
+        text = ppo.RawText(
+            place.prepared.pretrain_sources(recipe),
+            max(1, recipe.pretrain.batch_tokens // recipe.context),
+            recipe.context,
+            tokenizer.end_of_text,
+            recipe.pretrain.cross_documents,
+        )
     model, objective, optimizer = ppo.stage(
         place.decoder(parent),
         place.scorer(judge),

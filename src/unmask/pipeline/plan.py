@@ -52,29 +52,29 @@ def whole_plan(recipe: Recipe, device: torch.device) -> Plan:
     batch = torch.randint(config.vocab_size, (rows, recipe.context + 1), device=device)
     with torch.inference_mode():
         for _ in range(2):  # the first one also allocates
-            start = time.monotonic()
+            start = _now(device)
             model.hidden(batch[:, :-1])
-            a_reading = (time.monotonic() - start) / (rows * recipe.context)  # in float32, as all is measured
+            a_reading = (_now(device) - start) / (rows * recipe.context)  # in float32, as all is measured
 
     optimizer = Optimizer(model, optimizer_settings(recipe.pretrain), machine.compute_dtype(device))
 
     passed, stepped = 0.0, 0.0
     for _ in range(2):  # the first one also allocates
-        start = time.monotonic()
+        start = _now(device)
         hidden = model.hidden(batch[:, :-1]).flatten(0, 1)
         torch.autograd.backward(
             cross_entropy_sum(hidden, model.head, batch[:, 1:].flatten()) / hidden.shape[0]
         )
-        passed = time.monotonic() - start
+        passed = _now(device) - start
         optimizer.step(0.0)
-        stepped = time.monotonic() - start - passed
+        stepped = _now(device) - start - passed
         optimizer.zero_grad()
     a_token = passed / (rows * recipe.context)  # forward and backward
 
-    start = time.monotonic()
+    start = _now(device)
     prompts = [[1] * 32] * recipe.rl.answers
     generate(model, prompts, max_new_tokens=8, stop_ids=(), temperature=1.0, rows=recipe.rl.answers)
-    a_decode_step = (time.monotonic() - start) / 8
+    a_decode_step = (_now(device) - start) / 8
 
     pre, rl, rules = recipe.pretrain, recipe.rl, ppo_settings(recipe.rl)
     # Prompts and answers fill half of their room. A rollout is read once by policy, reference, critic and both judges
@@ -95,6 +95,12 @@ def whole_plan(recipe: Recipe, device: torch.device) -> Plan:
         del seconds["gold"]
     seconds["measure"] = _measuring(recipe, a_reading, a_decode_step)
     return Plan(sum(p.numel() for p in model.parameters()), seconds)
+
+
+def _now(device: torch.device) -> float:
+    """The clock, when all that was begun on the device is done."""
+    machine.synchronize(device)
+    return time.monotonic()
 
 
 def _measuring(recipe: Recipe, a_reading: float, a_decode_step: float) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 from unmask.errors import UserError, nearest
 from unmask.files import lock, sweep_temporaries, write_atomic
 from unmask.pipeline import check, measure, show
-from unmask.pipeline.build import Builder
+from unmask.pipeline.build import Builder, Built
 from unmask.pipeline.plan import plan
 from unmask.progress import Progress
 from unmask.recipe import STAGES, Recipe, dumps
@@ -60,18 +60,24 @@ def _run(
             else:
                 prepared = builder.prepare()
         built = builder.build(prepared)
-        if not ranks.leader:
-            return directory
-
-        if measure.stands(directory, recipe, built):
-            progress.line(
-                "measured  kept: the same layers and settings; delete summary.json to measure again"
-            )
-        else:
-            measured = measure.measure(recipe, prepared, built, builder.device, progress)
-            measure.write(directory, recipe, prepared, built, measured, builder.device)
-        write_report(directory)
+        with (
+            ranks.leader_first()
+        ):  # the others wait: torchrun would take a machine that is done for one that is lost
+            if ranks.leader:
+                _measure(builder, prepared, built)
     return directory
+
+
+def _measure(builder: Builder, prepared: Prepared, built: Built) -> None:
+    recipe, directory = builder.recipe, builder.directory
+    if measure.stands(directory, recipe, built):
+        builder.progress.line(
+            "measured  kept: the same layers and settings; delete summary.json to measure again"
+        )
+    else:
+        measured = measure.measure(recipe, prepared, built, builder.device, builder.progress)
+        measure.write(directory, recipe, prepared, built, measured, builder.device)
+    write_report(directory)
 
 
 def _begin(builder: Builder) -> Prepared:

@@ -46,7 +46,8 @@ def closing(directory: Path) -> str:
 
 def _head(run: Run, number: str, stage: Stage) -> str:
     title = f"{'stage':<9}{'kind':<9}{'tokens':>10}{'time':>10}{'memory':>8}{'speed':>7}   [95 % intervals]"
-    rate = stage.flops / max(stage.seconds, 1e-9) / run.summary.matmul_flops_per_second
+    limit = run.summary.matmul_flops_per_second * stage.ranks
+    rate = stage.flops / max(stage.seconds, 1e-9) / limit
     line = (
         f"{number} [bold]{escape(f'{stage.name:<7}')}[/bold]{stage.kind:<9}{stage.tokens:>10,}"
         f"{duration(stage.seconds):>10}{stage.peak_bytes / 1e9:>5.1f} GB{rate:>5.0%} of matrix products alone"
@@ -224,7 +225,7 @@ def _blamed(run: Run, blame: Blame) -> list[str]:
     nats = [sum(token.parts[i] for token in blame.tokens) for i in range(len(blame.layers))]
     parts = " · ".join(f"{name} {value:+.1f}" for name, value in zip(blame.layers, nats, strict=True))
     whole = sum(token.logprob for token in blame.tokens)
-    total = f"sum {sum(nats):.2f} = log-probability {whole:.2f}"
+    total = f"sum {sum(nats):.2f} = log p {whole:.2f}"
     return [*lines, f"  {tokens}", f"  {marks}", f"  nats: {escape(parts)} · {total}"]
 
 

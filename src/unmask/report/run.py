@@ -30,6 +30,11 @@ class Stage(_Read):
     inputs: dict[str, str] = {}  # role → hash of a further checkpoint that took part
 
     @property
+    def ranks(self) -> int:
+        """Processes that trained it."""
+        return int(str(self.metrics.get("ranks", 1)))
+
+    @property
     def writes(self) -> bool:
         """A reward model scores and writes nothing: it is no layer of language."""
         return self.kind != "reward"

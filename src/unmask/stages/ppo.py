@@ -316,6 +316,7 @@ class RawText(NamedTuple):
     rows: int
     length: int
     end_of_text: int
+    cross_documents: bool
 
 
 def stage(
@@ -387,6 +388,7 @@ def stage(
             micro_rows=max(1, settings.micro_tokens // text.length),
             end_of_text=text.end_of_text,
             seed=seed,
+            cross_documents=text.cross_documents,
         ),
         gold=gold,
         say=say,

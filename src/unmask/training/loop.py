@@ -158,8 +158,13 @@ def train(
                 due = time.monotonic() - saved >= settings.snapshot_seconds
                 stopping, due = ranks.any(stop.is_set(), due)
                 if stopping or due or state.step == objective.steps:
-                    if ranks.leader or optimizer.sharded:
+                    if optimizer.sharded and not ranks.leader:
                         place.save(state)
+                    with (
+                        ranks.leader_first()
+                    ):  # the others wait as long as it takes: in the next sum they would not
+                        if ranks.leader:
+                            place.save(state)
                     saved = time.monotonic()
                     if stopping:
                         raise Interrupted(

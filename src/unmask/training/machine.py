@@ -94,9 +94,10 @@ def keep_large_blocks() -> None:
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
-    largest = 2**31 - 1
-    libc.mallopt(_M_MMAP_THRESHOLD, largest)
-    libc.mallopt(_M_TRIM_THRESHOLD, largest)
+    for largest in (2**31 - 1, 2**25):  # older ones take 32 MiB at most, and say 0 to more
+        if libc.mallopt(_M_MMAP_THRESHOLD, largest):
+            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+            return
 
 
 def reset_peak_memory(device: torch.device) -> None:

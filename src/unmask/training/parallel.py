@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -148,7 +149,7 @@ def joined(device: str | None = None) -> Iterator[tuple[Ranks, str | None]]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device and device.startswith("cuda") else "gloo", timeout=TIMEOUT)
     rank, size = dist.get_rank(), dist.get_world_size()
-    pulse = Pulse(rank, size) if size > 1 else None
+    pulse = Pulse(rank, size, Ranks(rank, size).told(uuid4().hex)) if size > 1 else None
     try:
         yield Ranks(rank, size, pulse), device
     finally:

@@ -21,14 +21,13 @@ _AWAY = "away"  # between steps: files are read and written then, and nobody kno
 class Pulse:
     """The thread of one rank; `beating` surrounds each step."""
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, name: str) -> None:
+        """`name`: the same on all ranks, and of this start alone, for torchrun's store may outlive it."""
         # A connection of its own: calls on that of the process group wait for each other.
         self._store = TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
         )
-        keys = {
-            each: f"unmask/pulse {os.environ['TORCHELASTIC_RESTART_COUNT']} {each}" for each in range(size)
-        }
+        keys = {each: f"unmask/pulse {name} {each}" for each in range(size)}
         self._mine, self._watched = keys[rank], [each for each in keys if each != rank] if rank == 0 else [0]
         self._keys = [keys[each] for each in self._watched]
         self._lock, self._count, self._stepping, self._over = threading.Lock(), 0, False, threading.Event()
@@ -63,20 +62,26 @@ class Pulse:
         try:
             self._store.wait(self._keys, timedelta(days=7))
             seen = dict.fromkeys(self._watched, (b"", time.monotonic()))
+            looked = time.monotonic()
             while not self._over.wait(BEAT):
+                if (
+                    time.monotonic() - looked > 2 * BEAT
+                ):  # this process stood still itself, as the others may have
+                    seen = dict.fromkeys(self._watched, (b"", time.monotonic()))
                 # Rank 0 may hold the store: then a call waits for ever where that stands still.
                 alarm = threading.Timer(SILENCE, _end_all, [0])
                 alarm.daemon = True
                 alarm.start()
                 try:
                     self._beat()
-                    counts, now = self._store.multi_get(self._keys), time.monotonic()
+                    counts = self._store.multi_get(self._keys)
                 finally:
                     alarm.cancel()
+                looked = time.monotonic()
                 for rank, count in zip(self._watched, counts, strict=True):
                     if count != seen[rank][0] or count == _AWAY.encode():
-                        seen[rank] = (count, now)
-                    elif now - seen[rank][1] > SILENCE:
+                        seen[rank] = (count, looked)
+                    elif looked - seen[rank][1] > SILENCE:
                         _end_all(rank)
         except RuntimeError:  # the store is gone, and so is who held it: the next sum will say so
             return
