@@ -320,7 +320,7 @@ def test_the_mark_of_its_layer_stands_beneath_each_token(lines: list[str]) -> No
 
 
 def test_the_nats_of_the_layers_stand_beside_their_sum_and_the_log_probability(lines: list[str]) -> None:
-    nats = "base -88.0 · sft +49.5 · rl +5.5 · sum -33.00 = log-probability -22.00"
+    nats = "base -88.0 · sft +49.5 · rl +5.5 · sum -33.00 = log p -22.00"
     assert f"  nats: {nats}" in lines
 
 
