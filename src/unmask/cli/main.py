@@ -71,7 +71,7 @@ def main() -> None:
     except SystemExit as left:
         if left.code == 130:  # Ctrl-C, of which typer makes this; it has ended the line
             print(
-                "unmask: stopped. A run goes on from what is there when it is started again.", file=sys.stderr
+                "unmask: stopped. A run goes on from what is there when it is started again", file=sys.stderr
             )
         raise
     except (MemoryError, RuntimeError) as error:

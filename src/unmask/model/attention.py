@@ -40,7 +40,7 @@ def attention(
     groups = k_BGSK.shape[1]
     if queries == 1:
         assert not causal or k_BGSK.shape[2] == 1 or mask is not None, (
-            "one query of several keys sees all of them"
+            "one query sees every key that there is"
         )
         # One query a row, where SDPA costs a millisecond and more a layer: batched matmuls over the cache.
         q = q_BHTK.reshape(rows, groups, heads // groups, size)

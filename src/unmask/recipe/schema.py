@@ -94,9 +94,7 @@ class Training(Section):
     clip: float = Field(default=1.0, gt=0)
     snapshot_seconds: float = Field(default=120.0, gt=0)
     recompute: bool = Field(default=False, strict=True)  # activation checkpointing
-    shard: bool = Field(
-        default=False, strict=True
-    )  # FSDP2: with several processes each keeps its part of the weights
+    shard: bool = Field(default=False, strict=True)  # FSDP2: each process keeps its part of the weights
 
 
 class PretrainSection(Training):

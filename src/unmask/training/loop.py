@@ -160,9 +160,8 @@ def train(
                 if stopping or due or state.step == objective.steps:
                     if optimizer.sharded and not ranks.leader:
                         place.save(state)
-                    with (
-                        ranks.leader_first()
-                    ):  # the others wait as long as it takes: in the next sum they would not
+                    # The others wait as long as it takes: in the next sum they would not.
+                    with ranks.leader_first():
                         if ranks.leader:
                             place.save(state)
                     saved = time.monotonic()

@@ -48,9 +48,8 @@ class Snapshot:
         if self.sharded:
             from torch.distributed.checkpoint.state_dict_loader import load
 
-            with warnings.catch_warnings(
-                action="ignore"
-            ):  # torch's, that no rank waits for another: they need not
+            # torch warns that no rank waits for another: they need not.
+            with warnings.catch_warnings(action="ignore"):
                 load(dict(tensors), checkpoint_id=self.path / _SHARDS, no_dist=True)
             return
         with safe_open(self.path / _TENSORS, "pt") as file:
