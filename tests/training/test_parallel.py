@@ -153,6 +153,32 @@ def test_a_step_may_take_longer_than_a_rank_may_be_silent(together: Path, tmp_pa
     assert metrics(tmp_path) == metrics(together)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which rank a process is")
+def test_a_pause_of_all_ranks_is_no_silence_of_one(together: Path, tmp_path: Path) -> None:
+    """As `scontrol suspend` makes it, or a machine that is moved. Who looks is stopped last and wakes first."""
+    process = started(tmp_path, 2, fate="slow", silence=4)
+    lines = tmp_path / "metrics.jsonl"
+    while not (lines.exists() and len(metrics(tmp_path)) == 3) and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(1)  # both are in the fourth step, which is slow
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    ranks = {
+        b"\0RANK=0\0" in Path(f"/proc/{pid}/environ").read_bytes(): int(pid) for pid in listed.stdout.split()
+    }
+    leader, other = ranks[True], ranks[False]
+    for pid, sent, seconds in (
+        (other, signal.SIGSTOP, 2.5),
+        (leader, signal.SIGSTOP, 4.0),
+        (leader, signal.SIGCONT, 0.5),
+        (other, signal.SIGCONT, 0.0),
+    ):
+        os.kill(pid, sent)
+        time.sleep(seconds)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert metrics(tmp_path) == metrics(together)
+
+
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_another_number_of_ranks_may_go_on(
     alone: Path, tmp_path: Path
 ) -> None:

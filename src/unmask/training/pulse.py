@@ -64,9 +64,8 @@ class Pulse:
             seen = dict.fromkeys(self._watched, (b"", time.monotonic()))
             looked = time.monotonic()
             while not self._over.wait(BEAT):
-                if (
-                    time.monotonic() - looked > 2 * BEAT
-                ):  # this process stood still itself, as the others may have
+                # This process stood still itself, as the others may have.
+                if time.monotonic() - looked > 2 * BEAT:
                     seen = dict.fromkeys(self._watched, (b"", time.monotonic()))
                 # Rank 0 may hold the store: then a call waits for ever where that stands still.
                 alarm = threading.Timer(SILENCE, _end_all, [0])
