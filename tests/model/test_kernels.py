@@ -25,6 +25,21 @@ def seeded() -> None:
 needs_compiler = pytest.mark.skipif(native.built().library is None, reason="no g++ on this machine")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_embeddings_gradient_is_the_sum_over_all_its_tokens_rounded_once(dtype: torch.dtype) -> None:
+    """Token 3 has a thousand gradients of about 1: a running sum in bfloat16 would stop at 256."""
+    ids = torch.full((4, 300), 3).index_fill_(1, torch.arange(0, 300, 6), 5)
+    weight = torch.randn(8, 16).to(dtype).requires_grad_()
+    grad = (1 + torch.rand(4, 300, 16)).to(dtype)
+    rows = kernels.embedding(ids, weight)
+    assert torch.equal(rows, weight[ids])
+    (found,) = torch.autograd.grad(rows, weight, grad)
+    wanted = torch.zeros(8, 16, dtype=torch.float64)
+    wanted.index_add_(0, ids.flatten(), grad.double().flatten(0, 1))
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.double(), wanted, rtol=torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(7, 24), (2, 5, 3, 8)])
 def test_rms_norm_and_its_gradient_equal_the_plain_definition(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +17,7 @@ from unmask.model.cache import Cache
 from unmask.model.compiled import compiled
 from unmask.model.config import ModelConfig
 from unmask.model.flex import block_mask
-from unmask.model.kernels import norm_rotate, rms_norm, rotary_tables, swiglu
+from unmask.model.kernels import embedding, norm_rotate, rms_norm, rotary_tables, swiglu
 from unmask.model.precision import linear
 from unmask.model.step import Step, worth_packing
 
@@ -39,7 +38,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, width))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
+        return embedding(ids, self.weight)
 
 
 class RMSNorm(nn.Module):

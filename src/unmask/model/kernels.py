@@ -28,6 +28,30 @@ def exact_empty(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
+def embedding(ids: Tensor, weight_VD: Tensor) -> Tensor:
+    """Rows of the weight, (…, D) for ids (…), whose gradients are added up in float32 (float64 stays)."""
+    if weight_VD.dtype is torch.bfloat16 and weight_VD.device.type == "cpu":
+        return apply(Embedding, ids, weight_VD)
+    return F.embedding(ids, weight_VD)
+
+
+class Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.rows = len(weight_VD)
+        return F.embedding(ids, weight_VD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        # PyTorch's own adds up in bfloat16, where a frequent token's sum soon no longer grows. This one rounds once.
+        (ids,) = ctx.saved_tensors
+        grad_ND = grad.reshape(ids.numel(), -1)
+        d_weight_VD = grad_ND.new_zeros(ctx.rows, grad_ND.shape[1])
+        return None, d_weight_VD.scatter_add_(0, ids.long().reshape(-1, 1).expand_as(grad_ND), grad_ND)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / √(mean x² + ε) · w over the last axis, computed in float32 (float64 stays), in x's dtype."""
     if native.takes(x, weight) and weight.shape == x.shape[-1:]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unmask.model.kernels import apply, cross_entropy
-from unmask.model.precision import emulated, linear
+from unmask.model.precision import emulated, linear, wide
 
 # Rows of a chunk are cut so that its logits are at most so many numbers, however large the vocabulary: on a CPU 128 MB
 # in float32. A GPU would wait for memory with so few: each chunk reads and writes the float32 gradient of the head.
@@ -29,6 +29,12 @@ def chunks(hidden_ND: Tensor, head_VD: Tensor, chunk: int | None) -> Iterator[sl
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, through float32 where the processor has no bfloat16 instructions."""
     return (a.float() @ b.float()).to(a.dtype) if emulated(a) else a @ b
+
+
+def scaled(x: Tensor, by: Tensor) -> Tensor:
+    """x times one float32 number, in x's dtype. A GPU would round the number to that dtype first: the same error in
+    every gradient of a step."""
+    return x * by if x.device.type == "cpu" else (wide(x) * by).to(x.dtype)
 
 
 class CrossEntropySum(torch.autograd.Function):
@@ -58,8 +64,8 @@ class CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_head = ctx.saved_tensors
         return (
-            None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
-            None if d_head is None else d_head * grad.to(d_head.dtype),
+            None if d_hidden is None else scaled(d_hidden, grad),
+            None if d_head is None else scaled(d_head, grad),
             None,
             None,
         )
