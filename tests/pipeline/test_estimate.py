@@ -11,9 +11,12 @@ from unmask.errors import UserError
 from unmask.model.decoder import Decoder
 from unmask.pipeline import show_plan
 from unmask.pipeline.estimate import Accelerator, Cost, accelerator, accelerators, estimate, shape
+from unmask.pipeline.plan import Plan, whole_plan
 from unmask.recipe import given
+from unmask.training import machine
 from unmask.training.cost import flops_per_token, parameters, training_bytes, training_flops
 
+CPU = torch.device("cpu")
 SMALL = ("depth=1", "context=64", "tokenizer.vocabulary=300", "rl.answer_tokens=8", "rl.answers=4",
          "measure.answer_tokens=8")  # fmt: skip
 
@@ -71,15 +74,20 @@ def test_an_accelerator_keeps_no_probabilities_whatever_this_machine_does() -> N
 
 
 def test_the_note_says_what_is_too_small_and_what_costs_nothing() -> None:
-    def note(memory: float, flops: float) -> str:
+    def note(memory: float, flops: float, gpus: int = 1) -> str:
         card = Accelerator("X", "card X", 1e12, memory, "somebody", (1.0, 2.0))
         costs = [Cost("base", 10, 1, flops, 5 * 10**9), Cost("rl", 10, 2, flops, 10**9)]
-        return show_plan._note(costs, card, 0.5)
+        recipe = recipes.resolve(recipes.load("tiny"))
+        planned = show_plan.Planned(recipe, CPU, costs, Plan(1, {}), [card], costs, gpus, 0.5)
+        return show_plan._note(planned, card)
 
     assert "its 4 GB are too few" in note(4e9, 1e15)
     assert "too few" not in note(5e9, 1e15)
     assert "less than a cent" in note(5e9, 1e12)
     assert "$1.11 to $2.22 at $1.00 to $2.00" in note(5e9, 1e15)
+    several = note(5e9, 1e15, gpus=8)  # an eighth of the time, for eight times the price
+    assert "8 of them are taken to be 8 times as fast, and hold 5.0 GB each" in several
+    assert "$1.11 to $2.22" in several
 
 
 def test_every_accelerator_has_a_rate_a_memory_and_a_source() -> None:
@@ -122,3 +130,45 @@ def test_json_has_seconds_and_dollars_of_the_same_flops(
     assert all(seconds > 0 for seconds in found["here"]["seconds"].values())
     without = json.loads(planned(monkeypatch, capsys, "--json", "--set", "reward.gold=false"))
     assert without["here"]["seconds"].keys() == found["here"]["seconds"].keys() - {"gold"}
+
+
+def test_several_gpus_share_the_time_and_with_shard_the_memory() -> None:
+    sets = ["depth=24", "context=1024", "pretrain.batch_tokens=524288", "pretrain.micro_tokens=8192",
+            "pretrain.matrix_lr=0"]  # fmt: skip
+
+    def base(processes: int, *more: str) -> Cost:
+        recipe = recipes.resolve(recipes.load("tiny", [*sets, *more]))
+        return estimate(recipe, torch.bfloat16, cpu=False, processes=processes)[0]
+
+    alone, whole, split = base(1), base(8), base(8, "pretrain.shard=true")
+    assert alone.flops == whole.flops == split.flops
+    assert alone.bytes == whole.bytes
+    weights = parameters(shape(recipes.resolve(recipes.load("tiny", sets))))
+    # 18 bytes a weight became an eighth of 16, and 4 for gradients that add up over the eight micro-batches of each
+    assert 0.9 < (alone.bytes - split.bytes) / (12 * weights) < 1.0
+    once = base(64, "pretrain.shard=true")  # each has one micro-batch: nothing adds up
+    assert 0.8 < (split.bytes - once.bytes) / (5.75 * weights) < 1.05
+
+
+def test_what_does_not_fit_is_not_timed_and_why_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "memory", lambda device: 10**6)
+    monkeypatch.setattr("unmask.pipeline.plan.Decoder", None)  # its weights would not fit either
+    timed = whole_plan(recipes.resolve(recipes.load("tiny")), CPU)
+    assert not timed.seconds and "it takes 1 GB in one process, of 0 that there are" in (timed.untimed or "")
+    text = " ".join(planned(monkeypatch, capsys).split())
+    assert "not timed: it takes" in text
+    assert json.loads(planned(monkeypatch, capsys, "--json"))["here"]["seconds"] == {}
+
+
+def test_several_processes_train_in_their_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr("unmask.pipeline.plan._now", lambda device: float(next(clock)))
+    recipe = recipes.resolve(recipes.load("tiny", SMALL))
+    alone, four = (whole_plan(recipe, CPU, processes).seconds for processes in (1, 4))
+    assert four["sft"] == pytest.approx(alone["sft"] / 4)
+    assert alone["rl"] / 4 < four["rl"] < alone["rl"]  # every process writes all answers
+    assert four["measure"] == alone["measure"]  # by one of them
+    again = recipes.resolve(recipes.load("tiny", [*SMALL, "sft.recompute=true"]))
+    assert whole_plan(again, CPU).seconds["sft"] == pytest.approx(alone["sft"] * 4 / 3)

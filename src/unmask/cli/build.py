@@ -53,6 +53,7 @@ def plan(
         list[str] | None,
         typer.Option(help="An accelerator to plan for, as H100; a wrong name lists all. May be repeated."),
     ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many of each accelerator.")] = 1,
     share: Annotated[
         float,
         typer.Option(min=0.01, max=1.0, help="Of an accelerator's rate, which training is taken to reach."),
@@ -77,9 +78,10 @@ def plan(
     named = [estimate.accelerator(key) for key in on or ()]
     here = machine.pick_device(device)
     costs = estimate.estimate(resolved, machine.compute_dtype(here), here.type == "cpu")
-    there = estimate.estimate(resolved, torch.bfloat16, cpu=False)
+    there = estimate.estimate(resolved, torch.bfloat16, cpu=False, processes=gpus)
     Progress().line("timing a few steps of this size here …")
-    planned = show_plan.Planned(resolved, here, costs, whole_plan(resolved, here), named, there, share)
+    timed = whole_plan(resolved, here)
+    planned = show_plan.Planned(resolved, here, costs, timed, named, there, gpus, share)
     if json_:
         print(json.dumps(show_plan.as_json(planned)))
     else:

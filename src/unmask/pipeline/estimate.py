@@ -9,7 +9,7 @@ import torch
 
 from unmask.errors import UserError, nearest
 from unmask.model.config import ModelConfig
-from unmask.pipeline.jobs import ppo_settings
+from unmask.pipeline.jobs import micro_tokens_of, minibatch_tokens, ppo_settings, prompt_room
 from unmask.recipe import Recipe, Training, given
 from unmask.training.cost import flops_per_token, parameters, training_bytes
 
@@ -54,9 +54,10 @@ def shape(recipe: Recipe) -> ModelConfig:
     return ModelConfig.from_depth(recipe.depth, vocabulary=rows, context=recipe.context)
 
 
-def estimate(recipe: Recipe, dtype: torch.dtype, cpu: bool = True) -> list[Cost]:
-    """By stage of a resolved recipe, computed in `dtype`, on a CPU or not. PPO's tokens are the most it can read:
-    prompts and answers at their limits."""
+def estimate(recipe: Recipe, dtype: torch.dtype, cpu: bool = True, processes: int = 1) -> list[Cost]:
+    """By stage of a resolved recipe, computed in `dtype`, on a CPU or not: FLOPs of all processes, memory of each.
+
+    PPO's tokens are the most it can read: prompts and answers at their limits."""
     decoder = shape(recipe)
     scorer = decoder.scoring()
     rl, rules = recipe.rl, ppo_settings(recipe.rl)
@@ -64,6 +65,7 @@ def estimate(recipe: Recipe, dtype: torch.dtype, cpu: bool = True) -> list[Cost]
     def trained(stage: str, config: ModelConfig, section: Training, whole: int = 0) -> Cost:
         """`whole`: tokens that no micro-batch divides."""
         tokens = given(section.tokens)
+        micro_tokens = min(micro_tokens_of(section, section.batch_tokens, processes), section.batch_tokens)
         return Cost(
             stage,
             tokens,
@@ -72,20 +74,22 @@ def estimate(recipe: Recipe, dtype: torch.dtype, cpu: bool = True) -> list[Cost]
             training_bytes(
                 config,
                 dtype,
-                micro_tokens=max(whole, min(section.micro_tokens, section.batch_tokens)),
+                micro_tokens=max(whole, micro_tokens),
                 length=recipe.context,
                 muon=bool(section.matrix_lr),
                 recompute=section.recompute,
                 cpu=cpu,
+                shards=processes if section.shard else 1,
+                accumulates=section.batch_tokens > micro_tokens * processes,
             ),
         )
 
-    read = rules.rollouts * rl.answers * (rl.prompt_tokens + rl.answer_tokens) * rl.epochs
+    read = rules.rollouts * rl.answers * (prompt_room(recipe) + rl.answer_tokens) * rl.epochs
     learned = [
         training_bytes(
             config,
             dtype,
-            micro_tokens=rl.micro_tokens,
+            micro_tokens=micro_tokens_of(rl, minibatch_tokens(recipe), processes),
             length=recipe.context,
             muon=False,
             recompute=rl.recompute,

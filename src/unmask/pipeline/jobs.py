@@ -37,10 +37,7 @@ class Place:
     ranks: Ranks = loop.ALONE
 
     def micro_tokens(self, section: Training | RlSection, batch_tokens: int) -> int:
-        """As the recipe says, or less with several ranks, so that each has a part of every batch."""
-        if self.ranks.size == 1:
-            return section.micro_tokens
-        return max(1, min(section.micro_tokens, batch_tokens // self.ranks.size))
+        return micro_tokens_of(section, batch_tokens, self.ranks.size)
 
     def shards(self, section: Training) -> bool:
         """Whether the stage's model is split over the ranks. Alone there is nothing to split."""
@@ -66,6 +63,24 @@ class Place:
         for what, count in counted.items():
             self.progress.line(f"{stage:<7}left out: {count:,} {what}")
         return counted
+
+
+def micro_tokens_of(section: Training | RlSection, batch_tokens: int, processes: int) -> int:
+    """As the recipe says, or less with several processes, so that each has a part of every batch."""
+    if processes == 1:
+        return section.micro_tokens
+    return max(1, min(section.micro_tokens, batch_tokens // processes))
+
+
+def prompt_room(recipe: Recipe) -> int:
+    """Tokens of RL's prompts, at most."""
+    return min(recipe.rl.prompt_tokens, recipe.context - recipe.rl.answer_tokens)
+
+
+def minibatch_tokens(recipe: Recipe) -> int:
+    """Of prompts and answers at their longest."""
+    rl = recipe.rl
+    return rl.answers * (prompt_room(recipe) + rl.answer_tokens) // rl.minibatches
 
 
 class Job(NamedTuple):
@@ -217,7 +232,7 @@ def _answers(place: Place, parent: Checkpoint, chats: Sequence[Chat]) -> list[li
 
 def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint, gold: Checkpoint | None) -> Job:
     recipe, section, tokenizer = place.recipe, place.recipe.rl, place.prepared.tokenizer
-    room = min(section.prompt_tokens, recipe.context - section.answer_tokens)
+    room = prompt_room(recipe)
     sources: list[rollouts.Source] = []
     left_out: dict[str, int] = {}
     for source in section.sources:
@@ -242,7 +257,7 @@ def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint, gold: Che
         sources,
         replace(
             ppo_settings(section),
-            micro_tokens=place.micro_tokens(section, section.answers * room // section.minibatches),
+            micro_tokens=place.micro_tokens(section, minibatch_tokens(recipe)),
         ),
         stop_ids=[tokenizer.turn_end],  # the only end that the reward model has seen
         lr=given(section.lr),

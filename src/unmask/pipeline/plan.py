@@ -7,22 +7,25 @@ import torch
 
 from unmask.generation.engine import generate
 from unmask.model import native
+from unmask.model.compiled import compiles
 from unmask.model.decoder import Decoder
 from unmask.model.loss import cross_entropy_sum
 from unmask.pipeline.build import Builder
-from unmask.pipeline.estimate import shape
+from unmask.pipeline.estimate import estimate, shape
 from unmask.pipeline.jobs import optimizer_settings, ppo_settings
 from unmask.pipeline.measure import KL_PROMPTS
-from unmask.recipe import Recipe, given
+from unmask.recipe import Recipe, RlSection, Training, given
 from unmask.training import machine
+from unmask.training.cost import parameters
 from unmask.training.optimizer import Optimizer
 
 
 class Plan(NamedTuple):
-    """Expected seconds by stage, and of measuring (`measure`)."""
+    """Expected seconds by stage, and of measuring (`measure`); or why there are none."""
 
     parameters: int
     seconds: dict[str, float]
+    untimed: str | None = None
 
     @property
     def total(self) -> float:
@@ -31,7 +34,7 @@ class Plan(NamedTuple):
 
 def plan(builder: Builder) -> Plan:
     """Of what is still to be done."""
-    whole = whole_plan(builder.recipe, builder.device)
+    whole = whole_plan(builder.recipe, builder.device, builder.ranks.size)
     wanted = builder.missing()
     if wanted or not (builder.directory / "summary.json").exists():
         wanted = [*wanted, "measure"]
@@ -40,15 +43,23 @@ def plan(builder: Builder) -> Plan:
     )
 
 
-def whole_plan(recipe: Recipe, device: torch.device) -> Plan:
+def whole_plan(recipe: Recipe, device: torch.device, processes: int = 1) -> Plan:
     """Times two training steps and a few generated tokens with random weights at the recipe's size: a few seconds, for
-    a few million weights."""
+    a few million weights. Nothing is timed that the device has too little memory for.
+
+    Of several processes this one speaks for all: they train as if each had its share to itself.
+    """
+    config, dtype = shape(recipe), machine.compute_dtype(device)
+    weights, pre = parameters(config), recipe.pretrain
+    needed = max(cost.bytes for cost in estimate(recipe, dtype, device.type == "cpu"))
+    if needed > (there := machine.memory(device)):
+        short = f"it takes {needed / 1e9:,.0f} GB in one process, of {there / 1e9:,.0f} that there are"
+        return Plan(weights, {}, short)
     native.built()  # compiled now, and not while the first pass is timed
-    config = shape(recipe)
     model = Decoder(config)
     model.init_weights(torch.Generator().manual_seed(0))
     model.to(device)
-    rows = max(1, recipe.pretrain.micro_tokens // recipe.context)
+    rows = max(1, min(pre.micro_tokens, pre.batch_tokens) // recipe.context)
     batch = torch.randint(config.vocab_size, (rows, recipe.context + 1), device=device)
     with torch.inference_mode():
         for _ in range(2):  # the first one also allocates
@@ -56,10 +67,11 @@ def whole_plan(recipe: Recipe, device: torch.device) -> Plan:
             model.hidden(batch[:, :-1])
             a_reading = (_now(device) - start) / (rows * recipe.context)  # in float32, as all is measured
 
-    optimizer = Optimizer(model, optimizer_settings(recipe.pretrain), machine.compute_dtype(device))
+    optimizer = Optimizer(model, optimizer_settings(pre), dtype)
+    model.model.compiled, model.model.recompute = compiles(device), pre.recompute
 
     passed, stepped = 0.0, 0.0
-    for _ in range(2):  # the first one also allocates
+    for _ in range(2):  # the first one also allocates, and compiles
         start = _now(device)
         hidden = model.hidden(batch[:, :-1]).flatten(0, 1)
         torch.autograd.backward(
@@ -69,32 +81,38 @@ def whole_plan(recipe: Recipe, device: torch.device) -> Plan:
         optimizer.step(0.0)
         stepped = _now(device) - start - passed
         optimizer.zero_grad()
-    a_token = passed / (rows * recipe.context)  # forward and backward
+    model.model.compiled = False
+
+    def a_token(section: Training | RlSection) -> float:
+        """Forward and backward. Recomputing is one more forward pass, to three that there are."""
+        more = (4 / 3 if section.recompute else 1) / (4 / 3 if pre.recompute else 1)
+        return passed / (rows * recipe.context) * more / processes
 
     start = _now(device)
     prompts = [[1] * 32] * recipe.rl.answers
     generate(model, prompts, max_new_tokens=8, stop_ids=(), temperature=1.0, rows=recipe.rl.answers)
     a_decode_step = (_now(device) - start) / 8
 
-    pre, rl, rules = recipe.pretrain, recipe.rl, ppo_settings(recipe.rl)
+    rl, rules = recipe.rl, ppo_settings(recipe.rl)
     # Prompts and answers fill half of their room. A rollout is read once by policy, reference, critic and both judges
-    # without gradients (a forward pass is a third of a training pass), then learned from by two networks in each epoch.
+    # without gradients (a forward pass is a third of a training pass), by every process, then learned from by two
+    # networks in each epoch.
     read = rules.rollouts * rl.answers * (rl.prompt_tokens + rl.answer_tokens) / 2
     # Networks that learn, of which one waits while the critic warms up.
     learning = 2 - rules.critic_rollouts / rules.rollouts
-    rewarded = given(recipe.reward.tokens) * a_token
+    rewarded = given(recipe.reward.tokens) * a_token(recipe.reward)
     seconds = {
-        "base": given(pre.tokens) * (a_token + stepped / pre.batch_tokens),
-        "sft": given(recipe.sft.tokens) * a_token,
+        "base": given(pre.tokens) * (a_token(pre) + stepped / pre.batch_tokens),
+        "sft": given(recipe.sft.tokens) * a_token(recipe.sft),
         "reward": rewarded,
         "gold": rewarded,
         "rl": rules.rollouts * rl.answer_tokens * a_decode_step
-        + read * a_token * (5 / 3 + learning * rl.epochs),
+        + read * a_token(rl) * (5 / 3 * processes + learning * rl.epochs),
     }
     if not recipe.reward.gold:
         del seconds["gold"]
     seconds["measure"] = _measuring(recipe, a_reading, a_decode_step)
-    return Plan(sum(p.numel() for p in model.parameters()), seconds)
+    return Plan(weights, seconds)
 
 
 def _now(device: torch.device) -> float:

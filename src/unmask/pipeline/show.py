@@ -24,6 +24,8 @@ def opening(recipe: Recipe, device: torch.device, plan: Plan) -> str:
     """Size, machine, and how long it will take."""
     parts = ", ".join(f"{duration(seconds)} {name}" for name, seconds in plan.seconds.items())
     time = f"about {duration(plan.total)} once the text is prepared ({parts})" if parts else "all is there"
+    if plan.untimed:
+        time = f"not timed: {plan.untimed}"
     return (
         f"unmask · recipe {recipe.name} · depth {recipe.depth} · "
         f"{plan.parameters / 1e6:.1f} M parameters · {machine.describe(device)} · {time}"

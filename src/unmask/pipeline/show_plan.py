@@ -15,8 +15,8 @@ from unmask.training import machine
 
 
 class Planned(NamedTuple):
-    """A recipe's costs and times on this device, and its costs on accelerators, of whose rate training is to reach a
-    share."""
+    """A recipe's costs and times on this device, and its costs on so many accelerators of a kind, of whose rate
+    training is to reach a share."""
 
     recipe: Recipe
     device: torch.device
@@ -24,7 +24,12 @@ class Planned(NamedTuple):
     timed: Plan
     accelerators: Sequence[Accelerator]
     costs_there: Sequence[Cost]
+    gpus: int
     share: float
+
+    def seconds(self, cost: Cost, accelerator: Accelerator) -> float:
+        """Of a stage's training there; what RL reads and writes besides is not in it."""
+        return cost.flops / (self.share * accelerator.flops_per_second * self.gpus)
 
 
 FORMULA = (
@@ -36,7 +41,7 @@ FORMULA = (
 
 def table(planned: Planned) -> Group:
     """A row a stage; a column for this machine, by steps that were timed, and one for each accelerator."""
-    recipe, device, costs, timed, accelerators, costs_there, share = planned
+    recipe, costs, timed, accelerators = planned.recipe, planned.costs, planned.timed, planned.accelerators
     config = shape(recipe)
     head = (
         f"recipe {recipe.name} · depth {recipe.depth} · {config.hidden_size} wide · context {recipe.context} · "
@@ -49,7 +54,7 @@ def table(planned: Planned) -> Group:
         "FLOPs",
         "memory here",
         "time here",
-        *(each.key for each in accelerators),
+        *(f"{planned.gpus} × {each.key}" if planned.gpus > 1 else each.key for each in accelerators),
     ):
         rows.add_column(title, justify="left" if title == "stage" else "right")
     for cost in costs:
@@ -60,64 +65,70 @@ def table(planned: Planned) -> Group:
             f"{cost.flops:.2e}",
             f"{cost.bytes / 1e9:.2f} GB",
             "" if here is None else duration(here),
-            *(duration(seconds(cost, each, share)) for each in accelerators),
+            *(duration(planned.seconds(cost, each)) for each in accelerators),
         )
-    rows.add_row("measure", "", "", "", duration(timed.seconds["measure"]))
+    if not timed.untimed:
+        rows.add_row("measure", "", "", "", duration(timed.seconds["measure"]))
     rows.add_row(
         "all",
         "",
         f"{sum(cost.flops for cost in costs):.2e}",
         f"{max(cost.bytes for cost in costs) / 1e9:.2f} GB",
-        duration(timed.total),
-        *(duration(sum(seconds(cost, each, share) for cost in costs)) for each in accelerators),
+        "" if timed.untimed else duration(timed.total),
+        *(duration(sum(planned.seconds(cost, each) for cost in costs)) for each in accelerators),
     )
-    notes = [FORMULA, f"Here: {machine.describe(device)}, by steps that were timed just now."]
-    notes += [_note(costs_there, each, share) for each in accelerators]
+    how = f"not timed: {timed.untimed}" if timed.untimed else "by steps that were timed just now"
+    notes = [FORMULA, f"Here: {machine.describe(planned.device)}, {how}."]
+    notes += [_note(planned, each) for each in accelerators]
     return Group(head, rows, *notes)
 
 
-def seconds(cost: Cost, accelerator: Accelerator, share: float) -> float:
-    """Of a stage's training at `share` of an accelerator's rate; what RL reads and writes besides is not in it."""
-    return cost.flops / (share * accelerator.flops_per_second)
-
-
-def _note(costs: Sequence[Cost], accelerator: Accelerator, share: float) -> str:
-    hours = sum(seconds(cost, accelerator, share) for cost in costs) / 3600
+def _note(planned: Planned, accelerator: Accelerator) -> str:
+    costs, gpus = planned.costs_there, planned.gpus
+    hours = sum(planned.seconds(cost, accelerator) for cost in costs) / 3600 * gpus
+    held = max(cost.bytes for cost in costs)
     said = (
-        f"{accelerator.name}: {share:.0%} of {accelerator.flops_per_second / 1e12:,.0f} TFLOP/s is assumed, not "
-        "measured, and answers are not in it"
+        f"{accelerator.name}: {planned.share:.0%} of {accelerator.flops_per_second / 1e12:,.0f} TFLOP/s is assumed, "
+        "not measured, and answers are not in it"
     )
+    if gpus > 1:
+        said += f"; {gpus} of them are taken to be {gpus} times as fast, and hold {held / 1e9:,.1f} GB each"
     if accelerator.dollars:
         low, high = (price * hours for price in accelerator.dollars)
         asked = " to ".join(f"${price:.2f}" for price in accelerator.dollars)
         cost = f"${low:,.2f} to ${high:,.2f}" if high >= 0.01 else "less than a cent"
         said += f"; {cost} at {asked} an hour"
-    if max(cost.bytes for cost in costs) > accelerator.memory:
+    if held > accelerator.memory:
         said += f"; its {accelerator.memory / 1e9:.0f} GB are too few"
     return f"{said} ({accelerator.source})."
 
 
 def as_json(planned: Planned) -> dict[str, Any]:
-    """The same numbers: seconds, bytes, dollars."""
-    recipe, device, costs, timed, accelerators, costs_there, share = planned
+    """The same numbers: seconds, bytes of one device, dollars of all."""
+    timed = planned.timed
     elsewhere: dict[str, Any] = {}
-    for each in accelerators:
-        taken = {cost.stage: seconds(cost, each, share) for cost in costs_there}
-        hours = sum(taken.values()) / 3600
+    for each in planned.accelerators:
+        taken = {cost.stage: planned.seconds(cost, each) for cost in planned.costs_there}
+        hours = sum(taken.values()) / 3600 * planned.gpus
         dollars = [price * hours for price in each.dollars] if each.dollars else None
-        held = max(cost.bytes for cost in costs_there)
+        held = max(cost.bytes for cost in planned.costs_there)
         elsewhere[each.name] = {
             "seconds": taken,
-            "share": share,
+            "gpus": planned.gpus,
+            "share": planned.share,
             "bytes": held,
             "fits": held <= each.memory,
             "dollars": dollars,
             "source": each.source,
         }
     return {
-        "recipe": recipe.name,
+        "recipe": planned.recipe.name,
         "parameters": timed.parameters,
-        "stages": [cost._asdict() for cost in costs],
-        "here": {"machine": machine.describe(device), "seconds": timed.seconds},
+        "stages": [cost._asdict() for cost in planned.costs],
+        "here": {
+            "machine": machine.describe(planned.device),
+            "seconds": timed.seconds,
+            "untimed": timed.untimed,
+        },
         "accelerators": elsewhere,
     }

@@ -49,6 +49,8 @@ def training_bytes(
     muon: bool,
     recompute: bool = False,
     cpu: bool = True,
+    shards: int = 1,
+    accumulates: bool = False,
 ) -> int:
     """The least that a training step holds at its fullest. The process itself and its allocator come on top:
     0.3 to 0.8 GB at the shapes of bench/, up to 1.5 in a run, which keeps what earlier stages took.
@@ -60,11 +62,20 @@ def training_bytes(
     kernels: a vector more of the hidden layer, float32 copies of the logits, and on a CPU four more vectors of the
     width and eight of the heads. With `recompute` layers keep one vector of the width each, and one layer at a time all
     of it.
+
+    Split over `shards` (see shard.py) a process holds its part of masters, gradients and state; whole, it holds what is
+    outside layers, two layers, and the gradients of the larger of a layer and what is outside, as they are made and in
+    float32. One that `accumulates` over micro-batches holds all gradients whole, in float32.
     """
     size = dtype.itemsize
     weights, matrices = parameters(config), matrix_weights(config)
-    state = 8 * weights - (4 * matrices if muon else 0)
-    held = weights * (4 + 4 + (size if size < 4 else 0)) + state
+    held = weights * (4 + 4 + 8) - (4 * matrices if muon else 0)
+    if shards > 1:
+        layer, rest = matrices // config.num_hidden_layers, weights - matrices
+        gathered = size * (rest + 2 * layer) + (size + 4) * max(layer, rest)
+        held = held // shards + gathered + (4 * weights if accumulates else 0)
+    elif size < 4:
+        held += size * weights
     heads = config.num_attention_heads * config.head_dim
     grouped = config.num_key_value_heads * config.head_dim
     compiled = cpu and built().library is not None

@@ -1,6 +1,7 @@
 """Where training runs and in which precision: device, dtype, memory, speed limit."""
 
 import ctypes
+import os
 import platform
 import resource
 import sys
@@ -98,6 +99,16 @@ def keep_large_blocks() -> None:
         if libc.mallopt(_M_MMAP_THRESHOLD, largest):
             libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
             return
+
+
+def memory(device: torch.device) -> int:
+    """Bytes that there are for this process: of the device, or of this machine and what its cgroup allows."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.exists() else "max"
+    return min(whole, int(allowed)) if allowed.isdigit() else whole
 
 
 def reset_peak_memory(device: torch.device) -> None:
