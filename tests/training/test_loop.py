@@ -27,9 +27,10 @@ from unmask.model.config import ModelConfig
 from unmask.model.decoder import Decoder
 from unmask.model.loss import cross_entropy_sum
 from unmask.progress import Progress
-from unmask.training import snapshot
+from unmask.training import loop, snapshot
 from unmask.training.loop import train, train_step
 from unmask.training.optimizer import Optimizer, OptimizerSettings
+from unmask.training.resume import Place, State
 
 
 def series(directory: Path) -> list[dict[str, Any]]:
@@ -286,6 +287,32 @@ def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, [120, 330, 540]), (100.0, [100, 210, 320, 430, 540])])
+def test_snapshots_that_take_long_come_rarely_unless_it_was_said_how_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: float | None, expected: list[int]
+) -> None:
+    """Steps of 1 s, snapshots of 10 s: a twentieth of the time is one in 200 s. The last is that of the end."""
+    clock, began = [0.0], []
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+
+    class Slow(Toy):
+        def micro_batches(self, step: int) -> Sequence[tuple[Tensor, Tensor]]:
+            clock[0] += 1
+            return super().micro_batches(step)
+
+    save = Place.save
+
+    def slow(place: Place, state: State) -> None:
+        began.append(clock[0])
+        clock[0] += 10
+        save(place, state)
+
+    monkeypatch.setattr(Place, "save", slow)
+    steps = 540 - 10 * (len(expected) - 1)
+    run(tmp_path, Slow(Net(), steps=steps), replace(SETTINGS, snapshot_seconds=asked))
+    assert began == expected
 
 
 @pytest.mark.parametrize("change", ["objective", "steps", "clip", "weights"])

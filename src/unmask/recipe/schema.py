@@ -92,7 +92,7 @@ class Training(Section):
     decay: float = Field(default=0.5, ge=0, le=1)  # share of the tokens
     lr_floor: float = Field(default=0.0, ge=0, le=1)
     clip: float = Field(default=1.0, gt=0)
-    snapshot_seconds: float = Field(default=120.0, gt=0)
+    snapshot_seconds: float | None = Field(default=None, gt=0)  # None: 120, more where saving takes long
     recompute: bool = Field(default=False, strict=True)  # activation checkpointing
     shard: bool = Field(default=False, strict=True)  # FSDP2: each process keeps its part of the weights
 
@@ -153,7 +153,7 @@ class RlSection(Section):
     ptx: float = Field(default=0.0, ge=0)  # weight of the pretraining loss, as PPO-ptx of InstructGPT
     truncation_penalty: float = Field(default=2.0, ge=0)  # for an answer that does not stop; unit of `kl`
     sources: tuple[Source, ...] = Field(min_length=1)
-    snapshot_seconds: float = Field(default=120.0, gt=0)
+    snapshot_seconds: float | None = Field(default=None, gt=0)  # None: 120, more where saving takes long
     recompute: bool = Field(default=False, strict=True)
 
 

@@ -15,7 +15,7 @@ from unmask.files import hash_json
 from unmask.model.decoder import Decoder
 from unmask.model.scorer import Scorer
 from unmask.stages import objectives, pretrain
-from unmask.stages.batches import by_length
+from unmask.stages.batches import Drawn, by_length
 from unmask.stages.experience import Experience, experience
 from unmask.stages.reward import scores
 from unmask.stages.rollouts import (
@@ -152,7 +152,7 @@ class PPO:
         self._experience: tuple[int, Experience] | None = None  # with its rollout's index
         self._troubles: dict[str, str] = {}
 
-    def micro_batches(self, step: int) -> list[Batch | Tensor]:
+    def micro_batches(self, step: int) -> list[Batch | list[Drawn]]:
         """The step's part of its rollout (which is collected where one begins), then rows of raw text."""
         index, inner = divmod(step, self.pause_every)
         if inner == 0:
@@ -162,7 +162,7 @@ class PPO:
         collected, learned_from = self._experience
         assert collected == index, f"step {step} comes with rollout {collected}"
         epoch, part = divmod(inner, self.settings.minibatches)
-        batches: list[Batch | Tensor] = []
+        batches: list[Batch | list[Drawn]] = []
         for rows in self._parts(index, epoch, learned_from.rollout)[part]:
             mask = learned_from.mask_BA[rows]
             batches.append(
@@ -178,20 +178,22 @@ class PPO:
             )
         if self.text is None or not self._policy_learns(index):
             return batches
-        return batches + self.text.micro_batches(step)
+        return [*batches, *self.text.micro_batches(step)]
 
-    def counts(self, batch: Batch | Tensor) -> dict[str, int]:
-        if isinstance(batch, Tensor):
+    def counts(self, batch: Batch | list[Drawn]) -> dict[str, int]:
+        if isinstance(batch, list):
             return {"text_tokens": self._text().tokens(batch)}
         return {"actions": len(batch.actions.taken_N)}
 
-    def tokens(self, batch: Batch | Tensor) -> int:
-        return self._text().tokens(batch) if isinstance(batch, Tensor) else batch.actions.tokens
+    def tokens(self, batch: Batch | list[Drawn]) -> int:
+        return self._text().tokens(batch) if isinstance(batch, list) else batch.actions.tokens
 
-    def loss(self, batch: Batch | Tensor, totals: dict[str, int]) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def loss(
+        self, batch: Batch | list[Drawn], totals: dict[str, int]
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Share of policy loss + value_weight · value loss, or of ptx · loss on raw text."""
         settings = self.settings
-        if isinstance(batch, Tensor):
+        if isinstance(batch, list):
             text_loss, _ = self._text().loss(batch, {"tokens": totals["text_tokens"]})
             loss = settings.ptx * text_loss
             return loss, {"text_loss": text_loss.detach()}

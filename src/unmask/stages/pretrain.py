@@ -12,7 +12,7 @@ from unmask.files import hash_json
 from unmask.model.config import ModelConfig
 from unmask.model.decoder import Decoder
 from unmask.model.loss import cross_entropy_sum
-from unmask.stages.batches import drawn, sent
+from unmask.stages.batches import Drawn, drawn, sent
 from unmask.text.shards import Shards
 from unmask.training.optimizer import Optimizer, OptimizerSettings
 
@@ -71,26 +71,28 @@ class Pretraining:
             }
         )
 
-    def micro_batches(self, step: int) -> list[Tensor]:
-        """Rows (B, length + 1) of the step, int64, on the model's device."""
+    def micro_batches(self, step: int) -> list[list[Drawn]]:
+        """Which rows a step reads; `loss` reads them: of several processes each only its own."""
         shares = [source.share for source in self.sources]
-        rows = np.stack(
-            [
-                self.sources[source].shards.row(row, self.length)
-                for source, row in drawn(step, self.batch_rows, self.sizes, shares, self.seed)
-            ]
-        )
-        ids = sent(torch.from_numpy(rows), self.model.head.device)
-        return [ids[start : start + self.micro_rows] for start in range(0, len(ids), self.micro_rows)]
+        rows = drawn(step, self.batch_rows, self.sizes, shares, self.seed)
+        return [rows[start : start + self.micro_rows] for start in range(0, len(rows), self.micro_rows)]
 
-    def counts(self, batch: Tensor) -> dict[str, int]:
+    def read(self, batch: Sequence[Drawn]) -> Tensor:
+        """The rows (B, length + 1), int64, on the model's device."""
+        rows = [self.sources[source].shards.row(row, self.length) for source, row in batch]
+        return sent(torch.from_numpy(np.stack(rows)), self.model.head.device)
+
+    def counts(self, batch: Sequence[Drawn]) -> dict[str, int]:
         return {"tokens": self.tokens(batch)}
 
-    def tokens(self, batch: Tensor) -> int:
-        return batch.shape[0] * self.length
+    def tokens(self, batch: Sequence[Drawn]) -> int:
+        return len(batch) * self.length
 
-    def loss(self, batch: Tensor, totals: dict[str, int]) -> tuple[Tensor, dict[str, Tensor | float]]:
-        inputs_BT, targets_BT = batch[:, :-1], batch[:, 1:]
+    def loss(
+        self, batch: Sequence[Drawn], totals: dict[str, int]
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        ids = self.read(batch)
+        inputs_BT, targets_BT = ids[:, :-1], ids[:, 1:]
         if self.cross_documents:
             hidden_BTD = self.model.hidden(inputs_BT)
         else:

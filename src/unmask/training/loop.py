@@ -23,6 +23,8 @@ from unmask.training.schedule import lr_scale
 from unmask.training.signals import stop_on_signal
 
 ALONE = Ranks()
+SNAPSHOT_SECONDS = 120.0
+_SNAPSHOTS_SHARE = 0.05  # of the time, which they take at most, or else they come more rarely
 _HOPELESS = 10  # steps in a row without a finite loss and gradient, after which nothing mends itself
 
 
@@ -67,7 +69,7 @@ class Settings:
     decay_tokens: float
     lr_floor: float = 0.0
     clip: float = 1.0
-    snapshot_seconds: float = 120.0
+    snapshot_seconds: float | None = None  # between two; None: two minutes, or more where saving takes long
     seed: int = 0
 
 
@@ -128,7 +130,7 @@ def train(
         place = Place(directory, optimizer, _rules(objective, optimizer, settings))
         with ranks.leader_first():
             state = place.enter(settings.seed, ranks, progress.line)
-        began, saved = time.monotonic() - state.seconds, time.monotonic()
+        began, saved, saving = time.monotonic() - state.seconds, time.monotonic(), 0.0
         reset_peak_memory(device)
         model.train()
         with progress.bar(title, total_tokens, done=state.tokens) as bar:
@@ -155,16 +157,19 @@ def train(
 
                 if state.step % objective.pause_every and state.step < objective.steps:
                     continue
-                due = time.monotonic() - saved >= settings.snapshot_seconds
-                stopping, due = ranks.any(stop.is_set(), due)
+                wait = settings.snapshot_seconds
+                if wait is None:
+                    wait = max(SNAPSHOT_SECONDS, saving / _SNAPSHOTS_SHARE)
+                stopping, due = ranks.any(stop.is_set(), time.monotonic() - saved >= wait)
                 if stopping or due or state.step == objective.steps:
+                    saved = time.monotonic()
                     if optimizer.sharded and not ranks.leader:
                         place.save(state)
                     # The others wait as long as it takes: in the next sum they would not.
                     with ranks.leader_first():
                         if ranks.leader:
                             place.save(state)
-                    saved = time.monotonic()
+                    saved, saving = time.monotonic(), time.monotonic() - saved
                     if stopping:
                         raise Interrupted(
                             f"{title}: stopped after step {state.step} of {objective.steps}, saved in "
