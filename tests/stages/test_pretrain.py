@@ -103,6 +103,16 @@ def test_batches_are_a_pure_function_of_the_step() -> None:
     assert one.micro_batches(0) != one.micro_batches(1)
 
 
+def test_rows_are_read_by_the_process_that_learns_from_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, read = objective(decoder(0), micro_rows=2), []
+    row = MadeUp.row
+    monkeypatch.setattr(MadeUp, "row", lambda *args: (read.append(args[1]), row(*args))[1])
+    batches = made.micro_batches(0)
+    assert read == []
+    made.loss(batches[1], {"tokens": 8 * LENGTH})
+    assert read == [each.row for each in batches[1]]
+
+
 def test_sources_fill_every_batch_in_their_shares() -> None:
     first, second = source(1, share=3.0), source(2, share=1.0)
     made = objective(decoder(0), first, second)

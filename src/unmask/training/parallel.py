@@ -82,9 +82,14 @@ class Ranks:
 
     def any(self, *mine: bool) -> list[bool]:
         """Of each, whether it is so on any rank."""
-        return [
-            count > 0 for count in self.add_numbers({str(i): float(so) for i, so in enumerate(mine)}).values()
-        ]
+        if self.size == 1:
+            return list(mine)
+        flags = torch.tensor(
+            mine, dtype=torch.int32, device="cuda" if dist.get_backend() == "nccl" else "cpu"
+        )
+        with self.together():
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in flags.tolist()]
 
     def told(self, word: str) -> str:
         """The leader's word, on all ranks."""
