@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unmask.model import attention as attention_module
 from unmask.model import kernels, native
-from unmask.model.attention import AttentionInBlocks, attention
+from unmask.model.attention import AttentionInBlocks, attention, packed_mask
 from unmask.model.config import ModelConfig
 from unmask.model.decoder import rotary_frequencies
 from unmask.model.kernels import apply, rms_norm, rotate
@@ -132,6 +133,28 @@ def test_attention_of_long_rows_keeps_no_probabilities_for_backward(tokens: int,
     with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.numel()) or x, lambda x: x):
         apply(AttentionInBlocks, q, k, v, None, True)
     assert (max(held) >= tokens**2) is kept
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_one_head_after_the_other_is_the_same_bits(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is done where the scores of all heads of a batch would be too many at once."""
+    q, k, v = (torch.randn(2, 3, 300, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    mask = packed_mask(300, None, torch.randint(2, (2, 300)), q.device) if masked else None
+    grad, found, most = torch.randn_like(q), [], []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: most.append(len(a)) or bmm(a, b))
+    for at_once in (2**25, 0):
+        monkeypatch.setattr(attention_module, "SCORES_AT_ONCE", at_once)
+        most.clear()
+        y = attention(q, k, v, mask, causal=True)
+        found.append((y, *torch.autograd.grad(y, (q, k, v), grad), max(most)))
+    *whole, rows_and_heads = found[0]
+    *parts, rows_alone = found[1]
+    assert (rows_and_heads, rows_alone) == (6, 2)
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("first", [0, 3])

@@ -104,9 +104,13 @@ def test_batches_are_a_pure_function_of_the_step() -> None:
 
 
 def test_rows_are_read_by_the_process_that_learns_from_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, read = objective(decoder(0), micro_rows=2), []
-    row = MadeUp.row
-    monkeypatch.setattr(MadeUp, "row", lambda *args: (read.append(args[1]), row(*args))[1])
+    made, read, row = objective(decoder(0), micro_rows=2), [], MadeUp.row
+
+    def noted(shards: MadeUp, i: int, length: int) -> NDArray[np.int64]:
+        read.append(i)
+        return row(shards, i, length)
+
+    monkeypatch.setattr(MadeUp, "row", noted)
     batches = made.micro_batches(0)
     assert read == []
     made.loss(batches[1], {"tokens": 8 * LENGTH})

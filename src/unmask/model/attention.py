@@ -17,6 +17,8 @@ from unmask.model.precision import emulated
 # Scores of one head of one row, up to which they are made at once and kept for backward. Not of a batch: the same row
 # must take the same way in batches of every size.
 SCORES_TO_KEEP = 2**16
+# Scores that are made at once, in bfloat16 twice 64 MB at most unless one head of a batch has more.
+SCORES_AT_ONCE = 2**25
 
 
 def attention(
@@ -55,6 +57,9 @@ def attention(
         k_BGSK = k_BGSK.repeat_interleave(heads // groups, 1)
         v_BGSK = v_BGSK.repeat_interleave(heads // groups, 1)
     if q_BHTK.dtype is torch.bfloat16 and q_BHTK.device.type == "cpu":
+        if heads > 1 and rows * heads * _block(queries, k_BGSK.shape[2]) * k_BGSK.shape[2] > SCORES_AT_ONCE:
+            parts = zip(*(torch.split(x, 1, 1) for x in (q_BHTK, k_BGSK, v_BGSK)), strict=True)
+            return torch.cat([apply(AttentionInBlocks, q, k, v, mask, causal) for q, k, v in parts], 1)
         return apply(AttentionInBlocks, q_BHTK, k_BGSK, v_BGSK, mask, causal)
     return F.scaled_dot_product_attention(
         q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=shared
@@ -119,12 +124,17 @@ class AttentionInBlocks(torch.autograd.Function):
         return d_q, d_k, d_v, None, None
 
 
+def _block(queries: int, keys: int) -> int:
+    """Queries of a block."""
+    return queries if queries * keys <= SCORES_TO_KEEP else max(128, math.ceil(queries / 8))
+
+
 def _blocks(queries: int, keys: int, causal: bool) -> Iterator[tuple[slice, slice, int | None]]:
     """Queries of a block, the keys that they read, and if it is causal the position of the first one among these.
 
     The last block comes first: it reads all keys.
     """
-    size = queries if queries * keys <= SCORES_TO_KEEP else max(128, math.ceil(queries / 8))
+    size = _block(queries, keys)
     for first in reversed(range(0, queries, size)):
         last = first + size
         seen = last if causal and last < queries else keys
