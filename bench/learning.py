@@ -69,17 +69,17 @@ def shape(text: Text, depth: int = 6) -> ModelConfig:
 
 
 def stage(
-    text: Text, tokens: int, depth: int = 6, seed: int = 0, **rates: float
+    text: Text, tokens: int, depth: int = 6, seed: int = 0, batch_tokens: int = ROWS * LENGTH, **rates: float
 ) -> tuple[Decoder, loop.Objective, Optimizer]:
     """This project's base, with the rates that a recipe leaves to be derived, or with given ones."""
-    rates = pretraining_rates(depth) | rates
+    rates = pretraining_rates(depth, batch_tokens) | rates
     return pretrain.stage(
         shape(text, depth),
         [pretrain.Source("text", text.train, 1.0)],
         length=LENGTH,
         tokens=tokens,
-        batch_tokens=ROWS * LENGTH,
-        micro_tokens=ROWS * LENGTH,
+        batch_tokens=batch_tokens,
+        micro_tokens=min(batch_tokens, ROWS * LENGTH),
         end_of_text=text.end_of_text,
         settings=OptimizerSettings(lr=rates["lr"], matrix_lr=rates["matrix_lr"]),
         dtype=DTYPES[dtype_here()],

@@ -1,9 +1,10 @@
-"""Are the rates that a recipe leaves to be derived near the best? Held-out loss of bases at three depths.
+"""Are rates and batch that a recipe leaves to be derived near the best? Held-out loss of bases at three depths.
 
-    python bench/sweep.py --text FOLDER             # some 30 trainings, one JSON line each; then what was best
+    python bench/sweep.py --text FOLDER             # some 45 trainings, one JSON line each; then what was best
 
-At each depth both rates are multiplied by 1/4, 1/2, 1, 2 and 4 in turn, the other one left as derived, and the
-derived ones are trained with three seeds, whose spread says which differences mean something.
+At each depth both rates and the batch are multiplied by 1/4, 1/2, 2 and 4 in turn, the others left as derived (with
+another batch the rates follow it), and what is derived is trained with three seeds, whose spread says which differences
+mean something.
 """
 
 import argparse
@@ -13,18 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness import say
-from learning import held_losses, read, stage, trained
+from learning import LENGTH, held_losses, read, stage, trained
 
-from unmask.recipe.derive import pretraining_rates
+from unmask.recipe.derive import pretraining_batch, pretraining_rates
 
 FACTORS = (0.25, 0.5, 2.0, 4.0)
 SEEDS = 3
 
 
-def trials(depth: int, factors: tuple[float, ...]) -> Iterator[tuple[str, float, int]]:
-    """(rate, its factor, seed)."""
+def trials(factors: tuple[float, ...]) -> Iterator[tuple[str, float, int]]:
+    """(what is changed, its factor, seed)."""
     yield from (("derived", 1.0, seed) for seed in range(SEEDS))
-    yield from ((rate, factor, 0) for rate in pretraining_rates(depth) for factor in factors)
+    yield from ((name, factor, 0) for name in ("lr", "matrix_lr", "batch") for factor in factors)
 
 
 def main() -> None:
@@ -42,18 +43,29 @@ def main() -> None:
         for depth in options.depths:
             derived: list[float] = []
             others: dict[str, float] = {}
-            for rate, factor, seed in trials(depth, tuple(options.factors)):
-                rates = pretraining_rates(depth)
-                if rate in rates:
-                    rates[rate] *= factor
-                model, objective, optimizer = stage(text, options.tokens, depth, seed, **rates)
+            for name, factor, seed in trials(tuple(options.factors)):
+                batch = max(LENGTH, pretraining_batch(options.tokens))
+                if name == "batch":
+                    batch = max(LENGTH, int(batch * factor))
+                rates = pretraining_rates(depth, batch)
+                if name in rates:
+                    rates[name] *= factor
+                model, objective, optimizer = stage(text, options.tokens, depth, seed, batch, **rates)
                 seconds = trained(model, objective, optimizer, seed)
                 loss = float(held_losses(model, text).mean())
-                if rate == "derived":
+                if name == "derived":
                     derived.append(loss)
                 else:
-                    others[f"{rate} x {factor:g}"] = loss
-                say("sweep", depth=depth, **rates, seed=seed, nats_a_token=loss, seconds=seconds)
+                    others[f"{name} x {factor:g}"] = loss
+                say(
+                    "sweep",
+                    depth=depth,
+                    batch_tokens=batch,
+                    **rates,
+                    seed=seed,
+                    nats_a_token=loss,
+                    seconds=seconds,
+                )
             best = min(others, key=lambda name: others[name])
             say(
                 "sweep",

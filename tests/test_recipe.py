@@ -4,10 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from unmask import recipe
 from unmask.errors import UserError
-from unmask.recipe import Source
+from unmask.recipe import Source, schema
 
 
 def test_every_shipped_recipe_is_valid_and_survives_writing_and_reading(tmp_path: Path) -> None:
@@ -48,6 +49,23 @@ def test_depth_alone_widens_the_model_and_lowers_the_learning_rates() -> None:
         rates = [found.pretrain.lr, found.sft.lr, found.reward.lr, found.rl.lr, found.rl.critic_lr]
         assert rates == pytest.approx([narrow * rate for rate in (6e-3, 1e-3, 3e-4, 3e-5, 1e-4)])
         assert [found.pretrain.matrix_lr, found.sft.matrix_lr, found.reward.matrix_lr] == [0.01, 0.0, 0.0]
+
+
+def test_a_batch_grows_as_the_root_of_all_tokens_and_the_rates_as_the_root_of_the_batch() -> None:
+    """By powers of two, from what docs/benchmarks.md has figures of; one that is given decides the rates too."""
+    for tokens, batch, factor in (
+        (3_000_000, 4096, 1.0),
+        (1_000_000, 2048, 0.5**0.5),
+        (64_000_000, 16384, 2.0),
+    ):
+        found = recipe.resolve(recipe.load("tiny", [f"pretrain.tokens={tokens}"]))
+        assert found.pretrain.batch_tokens == batch
+        assert [found.pretrain.lr, found.pretrain.matrix_lr] == pytest.approx([6e-3 * factor, 0.01 * factor])
+        assert [found.sft.batch_tokens, found.reward.batch_tokens] == [2048, 4096]
+    given = recipe.resolve(recipe.load("tiny", ["pretrain.tokens=64_000_000", "pretrain.batch_tokens=4096"]))
+    assert [given.pretrain.lr, given.pretrain.matrix_lr] == [6e-3, 0.01]
+    short = recipe.resolve(recipe.load("tiny", ["pretrain.tokens=4_000"]))
+    assert short.pretrain.batch_tokens == short.context  # one row at least
 
 
 @pytest.mark.parametrize(
@@ -206,3 +224,37 @@ def test_a_recipe_in_another_encoding_is_refused_by_name(tmp_path: Path) -> None
     (tmp_path / "x.toml").write_bytes(b'\xff\xfename = "x"')
     with pytest.raises(UserError, match="not UTF-8"):
         recipe.load(tmp_path / "x.toml")
+
+
+def test_the_table_of_keys_has_every_key_with_its_default() -> None:
+    """A key of pretrain, sft and reward alike stands once; those of rl as `rl.KEY`, or in its heading."""
+    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text("utf-8").split("## All keys")[1]
+    rows = dict(re.findall(r"^\| `([a-z_.]+)` \| (.*?) \|", text, re.MULTILINE))
+    [heading] = re.findall(r"^\| \*\*\[rl\]\*\*.*", text, re.MULTILINE)
+    sections: list[tuple[str, type[BaseModel]]] = [
+        ("", schema.Recipe),
+        ("tokenizer.", schema.TokenizerSection),
+    ]
+    sections += [("facts.", schema.FactsSection), ("", schema.Source), ("", schema.Training)]
+    sections += [("pretrain.", schema.PretrainSection), ("sft.", schema.SftSection)]
+    sections += [
+        ("reward.", schema.RewardSection),
+        ("rl.", schema.RlSection),
+        ("measure.", schema.MeasureSection),
+    ]
+    wanted = {}
+    for prefix, section in sections:
+        for key, field in section.model_fields.items():
+            is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+            inherited = section is not schema.Training and key in schema.Training.model_fields
+            if is_section or (inherited and prefix != "rl.") or key in ("sources", "source", "facts"):
+                continue
+            if prefix == "rl." and f"`{key}`" in heading:
+                continue
+            wanted[f"{prefix}{key}"] = field
+    assert wanted.keys() == rows.keys()
+    for key, field in wanted.items():
+        if not field.is_required() and isinstance(field.default, bool | int | float):
+            assert rows[key] == str(field.default).lower(), key
+        assert (rows[key] == "must be given") == field.is_required(), key
+    assert schema.RlSection.model_fields["warmup"].default == 0.05  # what the heading says

@@ -8,6 +8,7 @@ import torch
 from unmask import recipe
 from unmask.pipeline.jobs import Place, means, ppo_settings
 from unmask.progress import Progress
+from unmask.recipe import given
 from unmask.training.loop import Outcome
 from unmask.training.parallel import Ranks
 
@@ -53,4 +54,4 @@ def test_a_stage_is_sharded_where_the_recipe_says_so_and_there_is_more_than_one_
 def test_a_micro_batch_is_as_the_recipe_says_unless_a_rank_would_go_without(ranks: int, micro: int) -> None:
     asked = recipe.resolve(recipe.load("tiny", ["pretrain.micro_tokens=9000"]))
     place = Place(asked, cast(Any, None), torch.device("cpu"), Progress(quiet=True), Ranks(0, ranks))
-    assert place.micro_tokens(asked.pretrain, asked.pretrain.batch_tokens) == micro
+    assert place.micro_tokens(asked.pretrain, given(asked.pretrain.batch_tokens)) == micro

@@ -64,8 +64,8 @@ def estimate(recipe: Recipe, dtype: torch.dtype, cpu: bool = True, processes: in
 
     def trained(stage: str, config: ModelConfig, section: Training, whole: int = 0) -> Cost:
         """`whole`: tokens that no micro-batch divides."""
-        tokens = given(section.tokens)
-        micro_tokens = min(micro_tokens_of(section, section.batch_tokens, processes), section.batch_tokens)
+        tokens, batch_tokens = given(section.tokens), given(section.batch_tokens)
+        micro_tokens = min(micro_tokens_of(section, batch_tokens, processes), batch_tokens)
         return Cost(
             stage,
             tokens,
@@ -80,7 +80,7 @@ def estimate(recipe: Recipe, dtype: torch.dtype, cpu: bool = True, processes: in
                 recompute=section.recompute,
                 cpu=cpu,
                 shards=processes if section.shard else 1,
-                accumulates=section.batch_tokens > micro_tokens * processes,
+                accumulates=batch_tokens > micro_tokens * processes,
             ),
         )
 

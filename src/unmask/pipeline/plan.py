@@ -59,7 +59,7 @@ def whole_plan(recipe: Recipe, device: torch.device, processes: int = 1) -> Plan
     model = Decoder(config)
     model.init_weights(torch.Generator().manual_seed(0))
     model.to(device)
-    rows = max(1, min(pre.micro_tokens, pre.batch_tokens) // recipe.context)
+    rows = max(1, min(pre.micro_tokens, given(pre.batch_tokens)) // recipe.context)
     batch = torch.randint(config.vocab_size, (rows, recipe.context + 1), device=device)
     with torch.inference_mode():
         for _ in range(2):  # the first one also allocates
@@ -102,7 +102,7 @@ def whole_plan(recipe: Recipe, device: torch.device, processes: int = 1) -> Plan
     learning = 2 - rules.critic_rollouts / rules.rollouts
     rewarded = given(recipe.reward.tokens) * a_token(recipe.reward)
     seconds = {
-        "base": given(pre.tokens) * (a_token(pre) + stepped / pre.batch_tokens),
+        "base": given(pre.tokens) * (a_token(pre) + stepped / given(pre.batch_tokens)),
         "sft": given(recipe.sft.tokens) * a_token(recipe.sft),
         "reward": rewarded,
         "gold": rewarded,

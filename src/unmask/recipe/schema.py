@@ -80,10 +80,10 @@ class FactsSection(Section):
 
 
 class Training(Section):
-    """What every gradient-trained stage has. Rates of None are derived from the width (see `resolve`)."""
+    """What every gradient-trained stage has. What is None is derived (see `resolve`)."""
 
     tokens: int | None = Field(default=None, gt=0)
-    batch_tokens: int = Field(default=4096, gt=0)
+    batch_tokens: int | None = Field(default=None, gt=0)
     micro_tokens: int = Field(default=4096, gt=0)
     lr: float | None = Field(default=None, ge=0)
     matrix_lr: float | None = Field(default=None, ge=0)  # Muon's; 0 means AdamW for the matrices too
