@@ -1,14 +1,18 @@
 """Which text, judge and rate reach which stage and probe: a mix-up would falsify figures and show nowhere."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from unmask import recipe as recipes
 from unmask.lineage import Checkpoint
+from unmask.model.decoder import Trunk
+from unmask.pipeline import build as build_module
 from unmask.pipeline import jobs, measure
 from unmask.pipeline.build import Builder, Built
 from unmask.pipeline.jobs import Place
@@ -18,6 +22,7 @@ from unmask.recipe import Recipe
 from unmask.stages import ppo, reward, sft
 from unmask.text import rated
 from unmask.text.chat import Rendered, render
+from unmask.training import loop
 
 CPU, QUIET = torch.device("cpu"), Progress(quiet=True)
 
@@ -162,3 +167,27 @@ def test_the_time_of_a_run_is_that_of_all_its_parts(run: Path, built: Built) -> 
     parts = trained + summary["prepare_seconds"] + summary["measure_seconds"]
     assert summary["total_seconds"] == pytest.approx(parts)
     assert parts > trained > 0
+
+
+@pytest.mark.parametrize(("stage", "compiled"), [("reward", True), ("gold", True), ("rl", False)])
+def test_a_gpu_compiles_the_blocks_of_every_stage_but_rl(
+    place: Place, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, compiled: bool
+) -> None:
+    """PPO's ratios are to start at exactly 1, so what learns reads with the kernels of what was sampled with."""
+    here = tmp_path / "run"
+    shutil.copytree(run, here)
+    shutil.rmtree(here / stage)
+    found: list[tuple[bool, bool]] = []
+
+    def looked(model: nn.Module, *_: Any) -> None:
+        found.extend((m.compiled, m.recompute) for m in model.modules() if isinstance(m, Trunk))
+        raise InterruptedError
+
+    monkeypatch.setattr(build_module, "compiles", lambda device: True)
+    monkeypatch.setattr(loop, "train", looked)
+    section = "rl" if stage == "rl" else "reward"
+    changed = getattr(place.recipe, section).model_copy(update={"recompute": True})
+    builder = Builder(place.recipe.model_copy(update={section: changed}), here, CPU, QUIET)
+    with pytest.raises(InterruptedError):
+        builder.build(place.prepared)
+    assert found == [(compiled, True)] * (2 if stage == "rl" else 1)
