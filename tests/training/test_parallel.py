@@ -111,6 +111,13 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(tmp_path: P
     assert all(torch.equal(tensor, state(tmp_path, 1)[name]) for name, tensor in state(tmp_path).items())
 
 
+def test_ranks_whose_batches_differ_end_before_they_take_that_step(tmp_path: Path) -> None:
+    done, _ = trained(tmp_path, 2, fate="strays")
+    assert done.returncode != 0
+    assert "ranks 0 and 1 have different batches: they count {'tokens': 24} and {'tokens': 9}" in done.stderr
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
+
+
 def test_a_killed_rank_ends_all_within_half_a_minute_by_name_and_a_restart_goes_on_bit_for_bit(
     together: Path, tmp_path: Path
 ) -> None:

@@ -215,7 +215,7 @@ def train_step(
         ranks.add_gradients(optimizer.masters)
     grad_norm = optimizer.clip(clip)
     numbers = {name: float(total) for name, total in sums.items()}  # waits for the device, once a step
-    numbers = ranks.add_numbers(numbers)
+    numbers = ranks.add_numbers(numbers, totals)
     result = StepResult(numbers.pop("loss"), grad_norm, sum(map(objective.tokens, batches)), numbers)
     if result.finite:
         optimizer.step(scale)

@@ -67,15 +67,25 @@ class Ranks:
             for grad, summed in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
                 grad.copy_(summed.view_as(grad))
 
-    def add_numbers(self, numbers: Mapping[str, float]) -> dict[str, float]:
-        """Sums by name over all ranks, in their order; a rank may lack a name."""
+    def add_numbers(self, numbers: Mapping[str, float], counted: Mapping[str, int]) -> dict[str, float]:
+        """Sums by name over all ranks, in their order; a rank may lack a name.
+
+        Raises UserError where ranks have `counted` differently: then they are not in the same step of the same data.
+        """
         if self.size == 1:
             return dict(numbers)
-        everyone: list[dict[str, float]] = [{} for _ in range(self.size)]
+        everyone: list[tuple[dict[str, float], dict[str, int]]] = [({}, {})] * self.size
         with self.together():
-            dist.all_gather_object(everyone, dict(numbers))
+            dist.all_gather_object(everyone, (dict(numbers), dict(counted)))
+        counts = [theirs for _, theirs in everyone]
+        if other := [rank for rank, theirs in enumerate(counts) if theirs != counts[0]]:
+            raise UserError(
+                f"ranks 0 and {other[0]} have different batches: they count {counts[0]} and {counts[other[0]]}. Is it "
+                "the same code, recipe and text on all machines, and do they compute alike? (PPO's answers do not "
+                "come out the same on different processors.)"
+            )
         sums: dict[str, float] = {}
-        for each in everyone:
+        for each, _ in everyone:
             for name, number in each.items():
                 sums[name] = sums.get(name, 0.0) + number
         return sums
