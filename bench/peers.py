@@ -1,9 +1,12 @@
-"""Other people's models and optimizers, from clones that a user names; nothing of their code is here."""
+"""Other people's models, optimizers and trainers, from clones that a user names or from packages; nothing of their code
+is here."""
 
+import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,3 +95,73 @@ def nanochat(clone: Path, config: ModelConfig, *, compile: bool = True, **rates:
         optimizer = model.setup_optimizer(**rates)
     run: Any = torch.compile(model, dynamic=False) if compile else model
     return Peer(model, optimizer, run, model)
+
+
+def trl(
+    stage: str,
+    config: ModelConfig,
+    rows: Sequence[dict[str, list[int]]],
+    batch: int,
+    dtype: torch.dtype,
+    after_step: Callable[[], None],
+) -> None:
+    """TRL's SFTTrainer ("sft") or RewardTrainer on a Llama of these sizes: autocast, no checkpointing.
+
+    One pass over the rows, ids by column, `batch` of them a step. Token 1 ends a text: TRL writes it, rows have it not.
+    """
+    import transformers as hf
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    package: Any = importlib.import_module("trl")
+    named = {"<pad>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, config.vocab_size)}
+    words = Tokenizer(models.WordLevel(named, "<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    sizes = hf.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        num_labels=1,
+    )
+    # An answer begins with a space, or its first word would be one with the prompt's last.
+    texts = [
+        {name: " " * (name != "prompt") + " ".join(f"w{i}" for i in ids) for name, ids in row.items()}
+        for row in rows
+    ]
+
+    class After(hf.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            after_step()
+
+    imitates = stage == "sft"
+    kind = hf.AutoModelForCausalLM if imitates else hf.AutoModelForSequenceClassification
+    settings = package.SFTConfig if imitates else package.RewardConfig
+    trainer = package.SFTTrainer if imitates else package.RewardTrainer
+    with tempfile.TemporaryDirectory() as directory, redirect_stdout(sys.stderr):
+        trainer(
+            model=kind.from_config(sizes),
+            args=settings(
+                output_dir=directory,
+                per_device_train_batch_size=batch,
+                num_train_epochs=1,
+                learning_rate=1e-5,
+                bf16=dtype is torch.bfloat16,
+                use_cpu=True,
+                gradient_checkpointing=False,
+                report_to="none",
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list(texts),
+            processing_class=tokenizer,
+            callbacks=[After()],
+        ).train()

@@ -3,16 +3,22 @@
     python bench/stage_step.py --stage sft       # 32 conversations a step
     python bench/stage_step.py --stage reward    # 32 pairs a step
     python bench/stage_step.py --stage ppo       # 32 answers a step: written, judged and learned from
+    python bench/stage_step.py --stage sft --trl # in turn with TRL, which has sft and reward (pip install trl datasets)
 
 One JSON line: seconds a step, tokens/s (read by the model, padding aside; of ppo prompts and answers), peak memory.
+With --trl also TRL's, which reads as many prompts and answers, and how many times faster a token is here.
 """
 
 import argparse
 import random
+import statistics
+import time
 from collections.abc import Callable
+from typing import Any
 
+import peers
 import torch
-from harness import DTYPES, SHAPES, decoder, dtype_here, say, seconds_of
+from harness import DTYPES, SHAPES, config, decoder, dtype_here, in_turn, say, spread
 
 from unmask.model.scorer import Scorer
 from unmask.stages import ppo, reward, rollouts, sft
@@ -32,7 +38,10 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, default="sft")
     parser.add_argument("--shape", choices=SHAPES, default="S")
     parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--trl", action="store_true", help="in turn with TRL's trainer")
     options = parser.parse_args()
+    if options.trl and options.stage == "ppo":
+        parser.error("TRL has no PPO any more")
     dtype = dtype_here()
     objective, optimizer = STAGES[options.stage](options.shape, DTYPES[dtype])
     read: list[int] = []
@@ -40,15 +49,55 @@ def main() -> None:
     def step() -> None:
         read.append(train_step(objective, optimizer, len(read), 1.0, 1.0).tokens)
 
-    seconds = seconds_of(step, options.times)
+    beside: dict[str, Any] = {}
+    if options.trl:
+        seconds, theirs = in_turn_with_trl(step, options.stage, options.shape, options.times)
+        tokens = ROWS * (PROMPT + ANSWER) * (1 if options.stage == "sft" else 2)
+        beside["trl"] = {
+            "tokens_per_second": tokens / statistics.median(theirs),
+            "seconds": spread(theirs),
+        }
+        turns = zip(read[1:], seconds, theirs, strict=True)
+        beside["to_trl"] = spread([ours / taken * other / tokens for ours, taken, other in turns])
+    else:
+        seconds = in_turn({"": step}, options.times)[""]
     say(
         "stage_step",
         stage=options.stage,
         shape=options.shape,
         dtype=dtype,
-        tokens_per_second=sum(read[1:]) / len(read[1:]) / seconds["median"],
-        seconds=seconds,
+        tokens_per_second=sum(read[1:]) / len(read[1:]) / statistics.median(seconds),
+        seconds=spread(seconds),
+        **beside,
     )
+
+
+def in_turn_with_trl(
+    step: Callable[[], None], stage: str, shape: str, times: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of our steps and of TRL's, one of ours after each of theirs; the first of each is left out."""
+    columns = ("completion",) if stage == "sft" else ("chosen", "rejected")
+    drawn = iter(range(10**9))
+    # TRL adds the token that ends an answer.
+    rows = [
+        {"prompt": ids(shape, PROMPT, next(drawn))}
+        | {c: ids(shape, ANSWER - 1, next(drawn)) for c in columns}
+        for _ in range(ROWS * (times + 1))
+    ]
+    ours: list[float] = []
+    theirs: list[float] = []
+    mark = 0.0
+
+    def after_step() -> None:
+        nonlocal mark
+        theirs.append(time.perf_counter() - mark)
+        start = time.perf_counter()
+        step()
+        mark = time.perf_counter()
+        ours.append(mark - start)
+
+    peers.trl(stage, config(shape), rows, ROWS, DTYPES[dtype_here()], after_step)
+    return ours[1:], theirs[1:]
 
 
 def ids(shape: str, length: int, seed: int) -> list[int]:

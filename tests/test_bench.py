@@ -142,3 +142,36 @@ def test_without_a_cuda_device_the_gpu_benchmark_says_so_in_one_line() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("nothing is measured: device 'cuda' is not here")
     assert len(done.stdout.splitlines()) == 1
+
+
+TRL = """
+from types import SimpleNamespace
+
+SFTConfig = RewardConfig = SimpleNamespace
+
+class SFTTrainer:
+    def __init__(self, *, args, train_dataset, processing_class, callbacks, **model):
+        self.callback, self.steps = callbacks[0], len(train_dataset) // args.per_device_train_batch_size
+        for row in train_dataset:
+            lengths = {name: len(processing_class(text + "</s>")["input_ids"]) for name, text in row.items()}
+            assert lengths.pop("prompt") == 33 and set(lengths.values()) == {64}
+
+    def train(self):
+        for _ in range(self.steps):
+            self.callback.on_step_end()
+
+RewardTrainer = SFTTrainer
+"""
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_stages_step_is_timed_in_turn_with_trls_on_as_many_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    (tmp_path / "trl.py").write_text(TRL, "utf-8")  # what is called of TRL
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    [found] = run("stage_step.py", "--stage", stage, "--trl", "--times", "2")
+    assert found["seconds"]["n"] == found["trl"]["seconds"]["n"] == found["to_trl"]["n"] == 2
+    tokens = found["trl"]["tokens_per_second"] * found["trl"]["seconds"]["median"]
+    assert tokens == pytest.approx(32 * 96 * (1 if stage == "sft" else 2))
+    assert found["to_trl"]["max"] < 1  # the steps of this one do nothing
