@@ -1,6 +1,9 @@
 """`unmask plan`: what is planned is counted as records count it, and what is assumed is said."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +12,13 @@ from unmask import recipe as recipes
 from unmask.cli.main import main
 from unmask.errors import UserError
 from unmask.model.decoder import Decoder
-from unmask.pipeline import show_plan
+from unmask.pipeline import show, show_plan
 from unmask.pipeline.estimate import Accelerator, Cost, accelerator, accelerators, estimate, shape
-from unmask.pipeline.plan import Plan, whole_plan
+from unmask.pipeline.plan import Plan, plan, whole_plan
 from unmask.recipe import given
 from unmask.training import machine
 from unmask.training.cost import flops_per_token, parameters, training_bytes, training_flops
+from unmask.training.parallel import Ranks
 
 CPU = torch.device("cpu")
 SMALL = ("depth=1", "context=64", "tokenizer.vocabulary=300", "rl.answer_tokens=8", "rl.answers=4",
@@ -160,6 +164,17 @@ def test_what_does_not_fit_is_not_timed_and_why_is_said(
     text = " ".join(planned(monkeypatch, capsys).split())
     assert "not timed: it takes" in text
     assert json.loads(planned(monkeypatch, capsys, "--json"))["here"]["seconds"] == {}
+
+
+def test_a_run_that_is_done_is_said_to_be_though_it_would_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "memory", lambda device: 10**6)
+    recipe = recipes.resolve(recipes.load("tiny"))
+    builder: Any = SimpleNamespace(recipe=recipe, device=CPU, ranks=Ranks(), directory=tmp_path, missing=list)
+    assert "not timed: it takes" in show.opening(recipe, CPU, plan(builder))
+    (tmp_path / "summary.json").touch()
+    assert "all is there" in show.opening(recipe, CPU, plan(builder))
 
 
 def test_several_processes_train_in_their_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,8 @@ def plan(builder: Builder) -> Plan:
     if wanted or not (builder.directory / "summary.json").exists():
         wanted = [*wanted, "measure"]
     return whole._replace(
-        seconds={name: seconds for name, seconds in whole.seconds.items() if name in wanted}
+        seconds={name: seconds for name, seconds in whole.seconds.items() if name in wanted},
+        untimed=whole.untimed if wanted else None,
     )
 
 
