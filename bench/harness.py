@@ -74,7 +74,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def say(bench: str, **numbers: Any) -> None:
-    """One JSON line, with the peak memory of the process."""
-    peak = machine.peak_memory(CPU) / 2**20
-    print(json.dumps({"bench": bench, **numbers, "peak_rss_mb": peak}))
+def say(bench: str, *, alone: bool = True, **numbers: Any) -> None:
+    """One JSON line, with the peak memory of the process where one thing alone was measured in it."""
+    peak = {"peak_rss_mb": machine.peak_memory(CPU) / 2**20} if alone else {}
+    print(json.dumps({"bench": bench, **numbers, **peak}))

@@ -63,6 +63,7 @@ def main() -> None:
         seconds = in_turn({"": step}, options.times)[""]
     say(
         "stage_step",
+        alone=not options.trl,
         stage=options.stage,
         shape=options.shape,
         dtype=dtype,

@@ -103,6 +103,7 @@ def main() -> None:
             numbers = {"ours_to_it": spread([b / a for a, b in zip(seconds["unmask"], taken, strict=True)])}
         say(
             "train_step",
+            alone=len(seconds) == 1,
             model=name,
             shape=options.shape,
             dtype=dtype,

@@ -1,6 +1,8 @@
 """The benchmarks run as docs/benchmarks.md says; how fast is no test."""
 
+import importlib
 import json
+import math
 import random
 import subprocess
 import sys
@@ -42,6 +44,22 @@ def test_a_training_step_is_timed_beside_the_machines_own_rate() -> None:
     found = json.loads(done.stdout)
     assert 0 < found["fraction_of_matmul"] < 1
     assert found["tokens_per_second"] * found["seconds"]["median"] == pytest.approx(16 * 256)
+
+
+def test_what_is_timed_is_a_whole_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make` is what others time too: its loss begins at ln V, a mean over tokens, and a step lowers it."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    model, loss_fn, optimizer = importlib.import_module("train_step").make("S", "fp32")
+    ids = torch.randint(4096, (2, 65), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = loss_fn(model, ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(4096), rel=0.02)
+    assert losses[1] < losses[0]
 
 
 PEER = """

@@ -125,7 +125,7 @@ def test_lines_are_plain_text_and_quiet_shows_nothing(capsys: pytest.CaptureFixt
 
 
 def test_durations_are_for_people() -> None:
-    assert [duration(s) for s in (0.4, 42, 210, 7560)] == ["0 s", "42 s", "3.5 min", "2.1 h"]
+    assert [duration(s) for s in (0, 0.4, 42, 210, 7560)] == ["0 s", "< 1 s", "42 s", "3.5 min", "2.1 h"]
 
 
 def test_an_unknown_name_gets_the_nearest_valid_one() -> None:

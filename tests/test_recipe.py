@@ -64,6 +64,9 @@ def test_a_batch_grows_as_the_root_of_all_tokens_and_the_rates_as_the_root_of_th
         assert [found.sft.batch_tokens, found.reward.batch_tokens] == [2048, 4096]
     given = recipe.resolve(recipe.load("tiny", ["pretrain.tokens=64_000_000", "pretrain.batch_tokens=4096"]))
     assert [given.pretrain.lr, given.pretrain.matrix_lr] == [6e-3, 0.01]
+    for wrong in ("pretrain.batch_tokens=100", "pretrain.batch_tokens=3_000_001", "pretrain.tokens=100"):
+        with pytest.raises(UserError, match="a step needs a row of 256 tokens"):
+            recipe.resolve(recipe.load("tiny", [wrong]))
     short = recipe.resolve(recipe.load("tiny", ["pretrain.tokens=4_000"]))
     assert short.pretrain.batch_tokens == short.context  # one row at least
 

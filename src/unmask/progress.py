@@ -124,7 +124,9 @@ class Bar:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 42 s, 3.5 min, 2.1 h."""
+    """Seconds for people: 42 s, 3.5 min, 2.1 h; 0 s for none."""
+    if 0 < seconds < 0.5:
+        return "< 1 s"
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 3600:

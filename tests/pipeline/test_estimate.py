@@ -114,7 +114,8 @@ def planned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 def test_the_table_has_a_row_a_stage_and_says_what_is_assumed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = planned(monkeypatch, capsys, "--share", "0.5")
+    text = planned(monkeypatch, capsys, "--share", "0.5", "--price", "3600")
+    assert " at $3600.00 an hour" in " ".join(text.split())
     for stage in ("base", "sft", "reward", "gold", "rl", "measure", "all"):
         assert any(line.split()[:1] == [stage] for line in text.splitlines()), text
     assert "50% of 989 TFLOP/s is assumed" in " ".join(text.split())
@@ -132,6 +133,12 @@ def test_json_has_seconds_and_dollars_of_the_same_flops(
     assert h100["dollars"] == pytest.approx([1.99 * hours, 5.00 * hours])
     assert found["here"]["seconds"].keys() == {stage["stage"] for stage in found["stages"]} | {"measure"}
     assert all(seconds > 0 for seconds in found["here"]["seconds"].values())
+    eight = json.loads(planned(monkeypatch, capsys, "--json", "--gpus", "8", "--price", "2"))
+    there = eight["accelerators"]["NVIDIA H100 SXM"]
+    assert there["seconds"]["base"] == pytest.approx(h100["seconds"]["base"] / 8)
+    assert there["dollars"] == pytest.approx(h100["dollars"])  # an eighth of the time, of eight
+    assert eight["here"]["dollars"] == pytest.approx(2 * sum(eight["here"]["seconds"].values()) / 3600)
+    assert found["here"]["dollars"] is None
     without = json.loads(planned(monkeypatch, capsys, "--json", "--set", "reward.gold=false"))
     assert without["here"]["seconds"].keys() == found["here"]["seconds"].keys() - {"gold"}
 

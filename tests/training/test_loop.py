@@ -289,6 +289,37 @@ def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def test_what_a_stopped_process_took_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of a second; the first process is the larger one, and is stopped after four of eight."""
+    clock, resident = [0.0], [7]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(loop, "peak_memory", lambda device: resident[0])
+
+    class Slow(Signalled):
+        def micro_batches(self, step: int) -> Sequence[tuple[Tensor, Tensor]]:
+            clock[0] += 1
+            return super().micro_batches(step)
+
+    first = Slow(Net(), steps=8)
+    first.at = 3
+    with pytest.raises(Interrupted):
+        run(tmp_path, first, RARE)
+    clock[0], resident[0] = 1000.0, 3
+    outcome, _ = run(tmp_path, Slow(Net(), steps=8), RARE)
+    assert (outcome.seconds, outcome.peak_bytes) == (8.0, 7)
+
+
+def test_a_snapshot_of_another_precision_is_refused(tmp_path: Path) -> None:
+    first = Signalled(Net())
+    first.at = 2
+    with pytest.raises(Interrupted):
+        run(tmp_path, first)
+    again = Toy(Net())
+    rounded = Optimizer(again.net, RATES, torch.bfloat16)
+    with pytest.raises(UserError, match="precision was float32 and is bfloat16"):
+        train(again.net, again, rounded, SETTINGS, tmp_path, Progress(quiet=True), "toy")
+
+
 @pytest.mark.parametrize(("asked", "expected"), [(None, [120, 330, 540]), (100.0, [100, 210, 320, 430, 540])])
 def test_snapshots_that_take_long_come_rarely_unless_it_was_said_how_often(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: float | None, expected: list[int]

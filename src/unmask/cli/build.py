@@ -58,6 +58,9 @@ def plan(
         float,
         typer.Option(min=0.01, max=1.0, help="Of an accelerator's rate, which training is taken to reach."),
     ] = 0.4,
+    price: Annotated[
+        float | None, typer.Option(min=0.0, help="Dollars an hour of this machine, for its cost.")
+    ] = None,
     device: Device = None,
     json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
@@ -81,7 +84,7 @@ def plan(
     there = estimate.estimate(resolved, torch.bfloat16, cpu=False, processes=gpus)
     Progress().line("timing a few steps of this size here …")
     timed = whole_plan(resolved, here)
-    planned = show_plan.Planned(resolved, here, costs, timed, named, there, gpus, share)
+    planned = show_plan.Planned(resolved, here, costs, timed, named, there, gpus, share, price)
     if json_:
         print(json.dumps(show_plan.as_json(planned)))
     else:

@@ -26,15 +26,23 @@ class Planned(NamedTuple):
     costs_there: Sequence[Cost]
     gpus: int
     share: float
+    price: float | None = None  # dollars an hour of this machine
 
     def seconds(self, cost: Cost, accelerator: Accelerator) -> float:
         """Of a stage's training there; what RL reads and writes besides is not in it."""
         return cost.flops / (self.share * accelerator.flops_per_second * self.gpus)
 
+    @property
+    def dollars_here(self) -> float | None:
+        """None without a price, and for what was not timed."""
+        if self.price is None or self.timed.untimed:
+            return None
+        return self.price * self.timed.total / 3600
+
 
 FORMULA = (
     "FLOPs: 6 for each weight that a token is multiplied with and 6·L·d·T of attention, a token and network trained. "
-    "Memory here: the least that training holds; a process takes 0.5 to 1.5 GB more, as it keeps what earlier "
+    "Memory: the least that training holds here; a process takes 0.5 to 1.5 GB more, as it keeps what earlier "
     "stages took. rl: prompts and answers at their longest; the time here is of half as long ones."
 )
 
@@ -52,7 +60,7 @@ def table(planned: Planned) -> Group:
         "stage",
         "tokens",
         "FLOPs",
-        "memory here",
+        "memory, at least",
         "time here",
         *(f"{planned.gpus} × {each.key}" if planned.gpus > 1 else each.key for each in accelerators),
     ):
@@ -78,6 +86,8 @@ def table(planned: Planned) -> Group:
         *(duration(sum(planned.seconds(cost, each) for cost in costs)) for each in accelerators),
     )
     how = f"not timed: {timed.untimed}" if timed.untimed else "by steps that were timed just now"
+    if (dollars := planned.dollars_here) is not None:
+        how += f"; {_money(dollars)} at ${planned.price:.2f} an hour"
     notes = [FORMULA, f"Here: {machine.describe(planned.device)}, {how}."]
     notes += [_note(planned, each) for each in accelerators]
     return Group(head, rows, *notes)
@@ -89,18 +99,22 @@ def _note(planned: Planned, accelerator: Accelerator) -> str:
     held = max(cost.bytes for cost in costs)
     said = (
         f"{accelerator.name}: {planned.share:.0%} of {accelerator.flops_per_second / 1e12:,.0f} TFLOP/s is assumed, "
-        "not measured, and answers are not in it"
+        "not measured (models of a few million weights reach far less), and answers are not in it"
     )
     if gpus > 1:
         said += f"; {gpus} of them are taken to be {gpus} times as fast, and hold {held / 1e9:,.1f} GB each"
     if accelerator.dollars:
         low, high = (price * hours for price in accelerator.dollars)
         asked = " to ".join(f"${price:.2f}" for price in accelerator.dollars)
-        cost = f"${low:,.2f} to ${high:,.2f}" if high >= 0.01 else "less than a cent"
+        cost = f"{_money(low)} to {_money(high)}" if high >= 0.01 else _money(high)
         said += f"; {cost} at {asked} an hour"
     if held > accelerator.memory:
         said += f"; its {accelerator.memory / 1e9:.0f} GB are too few"
     return f"{said} ({accelerator.source})."
+
+
+def _money(dollars: float) -> str:
+    return f"${dollars:,.2f}" if dollars >= 0.01 else "less than a cent"
 
 
 def as_json(planned: Planned) -> dict[str, Any]:
@@ -129,6 +143,7 @@ def as_json(planned: Planned) -> dict[str, Any]:
             "machine": machine.describe(planned.device),
             "seconds": timed.seconds,
             "untimed": timed.untimed,
+            "dollars": planned.dollars_here,
         },
         "accelerators": elsewhere,
     }

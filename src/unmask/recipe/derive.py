@@ -3,6 +3,7 @@
 import math
 from typing import Any, TypeVar
 
+from unmask.errors import UserError
 from unmask.recipe.schema import Recipe, Section
 
 T = TypeVar("T")
@@ -39,12 +40,19 @@ def resolve(recipe: Recipe) -> Recipe:
     Tokens: pretraining gets 20 a parameter (Hoffmann et al., arXiv 2203.15556), counted as 12·depth·width² of the
     layers plus the embedding; SFT a quarter of it, reward and RL a fifth. Batch and rates of pretraining: see above, by
     figures in docs/benchmarks.md. Those of the other stages: 4,096 tokens, and 1/width.
+
+    Raises UserError where pretraining would have no step.
     """
     width = width_of(recipe.depth)
     parameters = 12 * recipe.depth * width**2 + recipe.tokenizer.vocabulary * width
     narrow = 256 / width
     base_tokens = recipe.pretrain.tokens or 20 * parameters
     base_batch = recipe.pretrain.batch_tokens or max(recipe.context, pretraining_batch(base_tokens))
+    if not recipe.context <= base_batch <= base_tokens:
+        raise UserError(
+            f"pretrain.batch_tokens is {base_batch}: a step needs a row of {recipe.context} tokens (`context`) "
+            f"at least and pretrain.tokens ({base_tokens}) at most."
+        )
     base = {"tokens": base_tokens, "batch_tokens": base_batch, **pretraining_rates(recipe.depth, base_batch)}
     later = {"batch_tokens": 4096, "matrix_lr": 0.0}
 
