@@ -1,5 +1,6 @@
 """`unmask text`: copies in what a recipe trains on, and what of its held-out text and questions stands in it."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from rich.console import Group
@@ -10,6 +11,7 @@ from unmask.pipeline.measure import held_chats
 from unmask.recipe import Recipe
 from unmask.stages import examples as chats_of
 from unmask.stages.prepare import HELDOUT_BYTES, documents, raw_sources, sample
+from unmask.text.chat import Chat
 from unmask.text.overlap import COMPARED, RUN, SHORTEST, Copies, Overlap, Seen
 
 
@@ -35,12 +37,24 @@ def look(recipe: Recipe) -> Found:
         for text in documents(source, recipe, held=False):
             counted.add(text)
             overlap.read(text)
-    for source in recipe.sft.sources:
-        if source.path != "facts":  # planted to be asked about
-            for chat in chats_of.chats(source, recipe, ()):
-                for message in chat:
-                    overlap.read(message["content"])
+    for chat in _trained_chats(recipe):
+        for message in chat:
+            overlap.read(message["content"])
     return Found(copies, overlap.kinds)
+
+
+def _trained_chats(recipe: Recipe) -> Iterator[Chat]:
+    """Of SFT, of both scorers, and RL's prompts; but for planted facts, which are there to be asked about."""
+    for source in recipe.sft.sources:
+        if source.path != "facts":
+            yield from chats_of.chats(source, recipe, ())
+    halves: tuple[chats_of.Half, ...] = ("proxy", "gold") if recipe.reward.gold else ("proxy",)
+    for half in halves:
+        for ranking in chats_of.rankings(recipe, half)[0]:
+            yield from ranking.chats
+    for source in recipe.rl.sources:
+        if source.path != "facts":
+            yield from chats_of.prompts(source, recipe, ())
 
 
 def table(found: Found) -> Group:
@@ -56,7 +70,7 @@ def table(found: Found) -> Group:
         share = seen.seen_runs / max(1, seen.runs)
         measured.add_row(kind, f"{seen.texts:,}", f"{seen.short:,}", f"{seen.seen:,}", f"{share:.1%}")
     note = (
-        f"Seen: a run of {RUN} words (all of them, of a shorter text) stands in pretraining text or in SFT's chats. "
+        f"Seen: a run of {RUN} words (all of them, of a shorter text) stands in what a layer is trained on. "
         f"Near copies: 0.8 of their runs of five words, by MinHash, among the first {COMPARED:,} of a source. "
         "Nothing is removed."
     )
