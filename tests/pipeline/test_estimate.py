@@ -14,7 +14,7 @@ from unmask.errors import UserError
 from unmask.model.decoder import Decoder
 from unmask.pipeline import show, show_plan
 from unmask.pipeline.estimate import Accelerator, Cost, accelerator, accelerators, estimate, shape
-from unmask.pipeline.plan import Plan, plan, whole_plan
+from unmask.pipeline.plan import Plan, _measuring, plan, whole_plan
 from unmask.recipe import given
 from unmask.training import machine
 from unmask.training.cost import flops_per_token, parameters, training_bytes, training_flops
@@ -194,3 +194,16 @@ def test_several_processes_train_in_their_share_of_the_time(monkeypatch: pytest.
     assert four["measure"] == alone["measure"]  # by one of them
     again = recipes.resolve(recipes.load("tiny", [*SMALL, "sft.recompute=true"]))
     assert whole_plan(again, CPU).seconds["sft"] == pytest.approx(alone["sft"] * 4 / 3)
+
+
+def test_measuring_is_planned_with_two_answers_a_prompt_and_six_more_of_the_first_128() -> None:
+    def steps(prompts: int) -> float:
+        recipe = recipes.resolve(recipes.load("tiny", [f"measure.prompts={prompts}"]))
+        return (
+            _measuring(recipe, a_reading=0.0, a_decode_step=1.0)
+            * recipe.rl.answers
+            / recipe.measure.answer_tokens
+        )
+
+    assert steps(100) - steps(60) == pytest.approx(8 * 40)
+    assert steps(500) - steps(200) == pytest.approx(2 * 300)
