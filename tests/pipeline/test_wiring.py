@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from unmask import recipe as recipes
+from unmask.errors import UserError
+from unmask.files import read_json_lines
 from unmask.lineage import Checkpoint
 from unmask.model.decoder import Trunk
 from unmask.pipeline import build as build_module
@@ -167,6 +169,40 @@ def test_the_time_of_a_run_is_that_of_all_its_parts(run: Path, built: Built) -> 
     parts = trained + summary["prepare_seconds"] + summary["measure_seconds"]
     assert summary["total_seconds"] == pytest.approx(parts)
     assert parts > trained > 0
+
+
+def with_base(recipe: Recipe, **section: Any) -> Recipe:
+    return recipe.model_copy(update={"pretrain": recipe.pretrain.model_copy(update=section)})
+
+
+def test_another_base_goes_on_from_where_a_runs_base_began_to_decay_and_its_record_says_so(
+    place: Place, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(jobs, "imitation", stop)
+    recipe = with_base(place.recipe, branch=str(run), tokens=60_000, decay=0.2)
+    builder = Builder(recipe, tmp_path, CPU, QUIET)
+    with pytest.raises(InterruptedError):
+        builder.build(builder.prepare())
+    builder.refuse_another_recipe()  # the base that is there is of this recipe
+    old, new = (read_json_lines(where / "work" / "base" / "metrics.jsonl") for where in (run, tmp_path))
+    stable = int(next((run / "work" / "base" / "stable").iterdir()).name.removeprefix("step_"))
+    assert new[:stable] == old[:stable]  # to the second: they were copied
+    assert [line["lr_scale"] for line in new] != [line["lr_scale"] for line in old]
+    record, trunk = (Checkpoint.open(where / "base").record for where in (tmp_path, run))
+    assert record is not None and trunk is not None
+    assert record.steps == 60_000 // (trunk.tokens // trunk.steps) and record.hash != trunk.hash
+    assert record.recipe["pretrain"]["branch"] == str(run) and str(run) in record.recipe["sources"]
+
+
+def test_a_branch_of_nothing_or_of_itself_is_refused_before_anything_is_trained(
+    place: Place, run: Path, tmp_path: Path
+) -> None:
+    for branch, named in ((tmp_path / "nowhere", "holds no snapshot"), (run, "this run itself")):
+        with pytest.raises(UserError, match=named):
+            Builder(with_base(place.recipe, branch=str(branch)), run, CPU, QUIET).refuse_another_recipe()
 
 
 @pytest.mark.parametrize(("stage", "compiled"), [("reward", True), ("gold", True), ("rl", False)])

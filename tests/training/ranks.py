@@ -41,6 +41,8 @@ class Asked:
     sharded: bool = False
     muon: bool = False
     recompute: bool = False
+    keep_stable: bool = False
+    branch: Path | None = None
     dtype: str = "float64"
 
 
@@ -119,8 +121,9 @@ def main() -> None:
         toy = Fated(model, steps=8, micro=asked.micro, asked=asked)
         rates = RATES if asked.muon else replace(RATES, matrix_lr=None)
         optimizer = Optimizer(model, rates, dtype, sharded=asked.sharded)
+        settings = replace(SETTINGS, keep_stable=asked.keep_stable, branch=asked.branch)
         with Sums() as sums:
-            train(model, toy, optimizer, SETTINGS, asked.directory, Progress(), "toy", ranks=ranks)
+            train(model, toy, optimizer, settings, asked.directory, Progress(), "toy", ranks=ranks)
         state = {name: whole(tensor) for name, tensor in optimizer.tensors().items()}
         state |= {f"model/{name}": p.detach() for name, p in unsharded(model).named_parameters()}
         torch.save(state, asked.directory / f"rank_{ranks.rank}.pt")

@@ -28,7 +28,7 @@ from unmask.model.decoder import Decoder
 from unmask.model.loss import cross_entropy_sum
 from unmask.progress import Progress
 from unmask.training import loop, snapshot
-from unmask.training.loop import train, train_step
+from unmask.training.loop import Settings, train, train_step
 from unmask.training.optimizer import Optimizer, OptimizerSettings
 from unmask.training.resume import Place, State
 
@@ -367,6 +367,63 @@ def test_a_snapshot_of_another_training_is_refused_and_the_difference_named(
     with pytest.raises(UserError, match=named):
         run(tmp_path, toy, settings)
     assert len(series(tmp_path)) == 3  # nothing was touched
+
+
+# Branching from the end of the stable phase
+
+
+def whole_steps(warmup: int, decay: int, **changes: Any) -> Settings:
+    return replace(
+        SETTINGS, warmup_tokens=warmup * ROWS * LENGTH, decay_tokens=decay * ROWS * LENGTH, **changes
+    )
+
+
+@pytest.mark.parametrize(("steps", "decay"), [(10, 4), (7, 3), (4, 0)])
+def test_a_branch_of_the_stable_phase_equals_a_whole_training_with_its_decay_bit_for_bit(
+    tmp_path: Path, steps: int, decay: int
+) -> None:
+    run(tmp_path / "trunk", Toy(Net(dropout=0.1), steps=8, draws=True), whole_steps(2, 4, keep_stable=True))
+    whole = run(tmp_path / "whole", Toy(Net(dropout=0.1), steps=steps, draws=True), whole_steps(2, decay))
+    branched = Toy(Net(dropout=0.1), steps=steps, draws=True)
+    outcome, optimizer = run(tmp_path / "branch", branched, whole_steps(2, decay, branch=tmp_path / "trunk"))
+    assert branched.seen == list(range(4, steps))
+    assert_same_training((tmp_path / "branch", optimizer), (tmp_path / "whole", whole[1]))
+    assert (outcome.steps, outcome.tokens, outcome.metrics) == (steps, whole[0].tokens, whole[0].metrics)
+
+
+def test_a_branch_goes_on_from_its_own_snapshot_once_it_has_one(tmp_path: Path) -> None:
+    run(tmp_path / "trunk", Toy(Net()), whole_steps(1, 3, keep_stable=True))
+    settings = whole_steps(1, 4, branch=tmp_path / "trunk", snapshot_seconds=1e9)
+    first = Signalled(Net(), steps=10)
+    first.at = 5
+    with pytest.raises(Interrupted, match="after step 6 of 10"):
+        run(tmp_path / "branch", first, settings)
+    second = Toy(Net(), steps=10)
+    run(tmp_path / "branch", second, settings)
+    assert (first.seen, second.seen) == ([3, 4, 5], [6, 7, 8, 9])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"clip": 0.5}, "clip was 1.0 and is 0.5"),
+        ({"decay_tokens": 5.0 * ROWS * LENGTH}, "stable for 3 steps; this one, .* for 1"),
+        ({"warmup_tokens": 4.0 * ROWS * LENGTH}, "stable for 3 steps; this one, .* for 0"),
+    ],
+)
+def test_a_branch_of_another_stable_phase_is_refused_and_the_difference_named(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    run(tmp_path / "trunk", Toy(Net()), whole_steps(1, 3, keep_stable=True))
+    with pytest.raises(UserError, match=named):
+        run(tmp_path / "branch", Toy(Net()), replace(whole_steps(1, 3, branch=tmp_path / "trunk"), **change))
+    assert not (tmp_path / "branch" / "metrics.jsonl").exists()
+
+
+def test_without_a_stable_phase_there_is_nothing_to_branch_from(tmp_path: Path) -> None:
+    run(tmp_path / "trunk", Toy(Net()), whole_steps(4, 4, keep_stable=True))
+    with pytest.raises(UserError, match="nothing to branch from"):
+        run(tmp_path / "branch", Toy(Net()), whole_steps(1, 3, branch=tmp_path / "trunk"))
 
 
 def test_two_processes_cannot_train_in_one_directory(tmp_path: Path) -> None:

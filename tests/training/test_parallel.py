@@ -287,6 +287,18 @@ def test_another_number_of_ranks_or_another_way_may_go_on(
     assert_near(tmp_path, whole)
 
 
+def test_a_sharded_branch_of_a_sharded_stable_phase_equals_a_whole_training_bit_for_bit(
+    sharded: Path, tmp_path: Path
+) -> None:
+    asked = {"model": "tied", "muon": True, "sharded": True, **UNEVEN}
+    trunk = finished(tmp_path / "trunk", 2, keep_stable=True, **asked)
+    assert "branching after step 6" in said(tmp_path / "branch", 2, branch=str(trunk), **asked)
+    assert metrics(tmp_path / "branch") == metrics(sharded)
+    assert all(
+        torch.equal(tensor, state(sharded)[name]) for name, tensor in state(tmp_path / "branch").items()
+    )
+
+
 class Trace:
     """A pickle that writes a file when it is read."""
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmask.training.schedule import lr_scale
+from unmask.training.schedule import lr_scale, stable_steps
 
 amounts = st.floats(0, 1000)
 
@@ -27,6 +27,29 @@ def test_it_stays_between_zero_and_one(
 def test_before_the_decay_the_length_of_the_training_does_not_matter(done: float, longer: float) -> None:
     """So a checkpoint of the stable phase can be branched into trainings of any length."""
     assert lr_scale(done, 100, 20, 50) == lr_scale(done, 100 + longer, 20, 50)
+
+
+@settings(deadline=None)
+@given(steps=st.integers(1, 60), tokens=st.integers(1, 50), warmup=st.floats(0, 1), decay=st.floats(0, 1))
+def test_steps_are_stable_while_the_decay_changes_no_rate(
+    steps: int, tokens: int, warmup: float, decay: float
+) -> None:
+    total = steps * tokens
+    stable = stable_steps(steps, tokens, warmup * total, decay * total)
+
+    def rates(decay_tokens: float) -> list[float]:
+        return [lr_scale((step + 0.5) * tokens, total, warmup * total, decay_tokens) for step in range(steps)]
+
+    assert rates(decay * total)[:stable] == rates(0)[:stable]
+    assert stable == 0 or stable * tokens >= warmup * total
+
+
+def test_the_last_stable_step_is_the_one_before_the_decay() -> None:
+    assert stable_steps(10, 100, 200, 500) == 5
+    assert stable_steps(10, 100, 200, 450) == 5  # the sixth step's middle is where the decay begins
+    assert stable_steps(10, 100, 200, 400) == 6
+    assert stable_steps(10, 100, 0, 0) == 10
+    assert stable_steps(10, 100, 501, 500) == 0  # still warming up
 
 
 def test_without_warm_up_and_decay_it_is_constant() -> None:

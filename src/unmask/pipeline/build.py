@@ -22,9 +22,10 @@ from unmask.progress import Progress
 from unmask.recipe import Recipe, difference
 from unmask.stages.prepare import SCHEME, Prepared, prepare
 from unmask.text.sources import content_hash
-from unmask.training import loop, machine
+from unmask.training import loop, machine, snapshot
 from unmask.training.cost import training_flops
 from unmask.training.parallel import Ranks
+from unmask.training.resume import STABLE
 from unmask.training.shard import unsharded
 
 ORDER = ("base", "sft", "reward", "gold", "rl")  # gold: the second scorer, which no layer is trained on
@@ -184,6 +185,19 @@ class Builder:
             section.pop(key, None)
         given = [section["source"]] if "source" in section else section["sources"]
         held = {each["path"]: self._content(each["path"]) for each in given if each["path"] != "facts"}
+        if other := section.get("branch"):
+            if Path(other).resolve() == self.directory.resolve():
+                raise UserError(
+                    f"pretrain.branch is {other}, this run itself. Give --output another directory, or begin anew with "
+                    "--from base and leave it out."
+                )
+            stable = jobs.base_work(Path(other)) / STABLE
+            if (stamp := snapshot.stamp(stable)) is None:
+                raise UserError(
+                    f"pretrain.branch is {other}, and {stable} holds no snapshot: there is no such run, or its base "
+                    "has no stable phase (a warm-up that ends, then a decay), or not yet, or it was deleted."
+                )
+            held[other] = stamp
         return {
             **{key: plain[key] for key in SHARED},
             SECTIONS[name]: section,
@@ -265,7 +279,8 @@ class Builder:
                         RATE: rate,
                     },
                 )
-                shutil.rmtree(work / "snapshots")  # the checkpoint holds what they were for
+                # The checkpoint holds what they were for. (A branch that has no step of its own has none.)
+                shutil.rmtree(work / "snapshots", ignore_errors=True)
         return Checkpoint.open(path)
 
     def _flops(self, stage: Job, outcome: loop.Outcome, work: Path) -> float:

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +73,11 @@ def micro_tokens_of(section: Training | RlSection, batch_tokens: int, processes:
     return max(1, min(section.micro_tokens, batch_tokens // processes))
 
 
+def base_work(run: Path) -> Path:
+    """Where a run's base is, or was, in training."""
+    return run / "work" / "base"
+
+
 def prompt_room(recipe: Recipe) -> int:
     """Tokens of RL's prompts, at most."""
     return min(recipe.rl.prompt_tokens, recipe.context - recipe.rl.answer_tokens)
@@ -128,7 +134,11 @@ def pretraining(place: Place) -> Job:
         pretrain.give_meaning(model, [tokenizer.turn_start, tokenizer.turn_end], tokenizer.end_of_text)
         return model, means(outcome, "loss")
 
-    settings = loop_settings(section, objective, recipe.seed)
+    settings = replace(
+        loop_settings(section, objective, recipe.seed),
+        keep_stable=True,
+        branch=base_work(Path(section.branch)) if section.branch else None,
+    )
     return Job(model, objective, optimizer, settings, data, {}, finish)
 
 

@@ -99,10 +99,12 @@ class Training(Section):
 
 class PretrainSection(Training):
     """Rows of a source's text run on through documents, and a token sees the earlier ones in its row, unless
-    `cross_documents` is false."""
+    `cross_documents` is false. `branch` is the directory of a run from the end of whose stable phase this training goes
+    on: another length, decay or floor."""
 
     sources: tuple[Source, ...] = Field(min_length=1)
     cross_documents: bool = Field(default=True, strict=True)
+    branch: str | None = None
 
 
 class SftSection(Training):

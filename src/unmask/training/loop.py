@@ -18,8 +18,8 @@ from unmask.progress import Progress
 from unmask.training.machine import keep_large_blocks, peak_memory, reset_peak_memory
 from unmask.training.optimizer import Optimizer
 from unmask.training.parallel import Ranks
-from unmask.training.resume import Place, State
-from unmask.training.schedule import lr_scale
+from unmask.training.resume import STABLE, Place, State
+from unmask.training.schedule import lr_scale, stable_steps
 from unmask.training.signals import stop_on_signal
 
 ALONE = Ranks()
@@ -71,6 +71,8 @@ class Settings:
     clip: float = 1.0
     snapshot_seconds: float | None = None  # between two; None: two minutes, or more where saving takes long
     seed: int = 0
+    keep_stable: bool = False  # a snapshot from before the decay, for others to branch from
+    branch: Path | None = None  # the directory of another training whose stable phase this one goes on from
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ def train(
     shown: Sequence[str] = (),
     ranks: Ranks = ALONE,
 ) -> Outcome:
-    """Train to the end, from the newest snapshot in `directory` if any; leave the masters in the model.
+    """Train to the end, from the newest snapshot in `directory` or else from `settings.branch`, if any; leave the
+    masters in the model.
 
     `shown` are the objective's metrics that stand beside the progress bar; all of them go to metrics.jsonl. Of several
     `ranks` each is called with the same arguments; the leader alone writes and shows.
@@ -117,19 +120,22 @@ def train(
     On SIGINT or SIGTERM the loop goes on to the next step where it may pause, saves, and raises Interrupted;
     the same call then goes on from there, and ends as if it had never stopped, bit for bit on a CPU. A step
     without a finite loss and gradient is skipped and counted. Raises UserError after ten of these in a row,
-    if the snapshot is of another training, if another process works in `directory`, or if the system refuses
-    to write.
+    if the snapshot is of another training, or one to branch from of another stable phase, if another process works in
+    `directory`, or if the system refuses to write.
     """
     if objective.steps < 1:
         raise UserError(f"{title}: not one step. Give it more tokens, or make its batches smaller.")
     keep_large_blocks()
     device = next(iter(optimizer.masters.values())).device
     total_tokens = objective.steps * objective.tokens_per_step
+    before_decay = stable_steps(
+        objective.steps, objective.tokens_per_step, settings.warmup_tokens, settings.decay_tokens
+    )
 
     with lock(directory) if ranks.leader else nullcontext(), stop_on_signal() as stop, ranks.together():
         place = Place(directory, optimizer, _rules(objective, optimizer, settings))
         with ranks.leader_first():
-            state = place.enter(settings.seed, ranks, progress.line)
+            state = place.enter(settings.seed, ranks, progress.line, settings.branch, before_decay)
         began, saved, saving = time.monotonic() - state.seconds, time.monotonic(), 0.0
         reset_peak_memory(device)
         model.train()
@@ -155,6 +161,8 @@ def train(
                 if state.skipped_in_a_row == _HOPELESS:
                     raise UserError(_why_hopeless(title, state, result))
 
+                if settings.keep_stable and state.step == before_decay < objective.steps:
+                    _save(place, state, optimizer, ranks, STABLE)
                 if state.step % objective.pause_every and state.step < objective.steps:
                     continue
                 wait = settings.snapshot_seconds
@@ -163,12 +171,7 @@ def train(
                 stopping, due = ranks.any(stop.is_set(), time.monotonic() - saved >= wait)
                 if stopping or due or state.step == objective.steps:
                     saved = time.monotonic()
-                    if optimizer.sharded and not ranks.leader:
-                        place.save(state)
-                    # The others wait as long as it takes: in the next sum they would not.
-                    with ranks.leader_first():
-                        if ranks.leader:
-                            place.save(state)
+                    _save(place, state, optimizer, ranks)
                     saved, saving = time.monotonic(), time.monotonic() - saved
                     if stopping:
                         raise Interrupted(
@@ -222,10 +225,20 @@ def train_step(
     return result
 
 
+def _save(place: Place, state: State, optimizer: Optimizer, ranks: Ranks, *where: str) -> None:
+    if optimizer.sharded and not ranks.leader:
+        place.save(state, *where)
+    # The others wait as long as it takes: in the next sum they would not.
+    with ranks.leader_first():
+        if ranks.leader:
+            place.save(state, *where)
+
+
 def _rules(objective: Objective, optimizer: Optimizer, settings: Settings) -> dict[str, Any]:
     """All settings that decide the result, by name."""
     rules = asdict(settings) | asdict(optimizer.settings) | {"precision": optimizer.precision}
-    del rules["snapshot_seconds"]
+    for decides_nothing in ("snapshot_seconds", "keep_stable", "branch"):
+        del rules[decides_nothing]
     return rules | {
         "betas": list(optimizer.settings.betas),  # as JSON will give it back
         "data and objective": objective.fingerprint,

@@ -2,7 +2,8 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,10 @@ from unmask.training import snapshot
 from unmask.training.optimizer import Optimizer
 from unmask.training.parallel import Ranks
 from unmask.training.shard import whole
+
+SNAPSHOTS, STABLE = "snapshots", "stable"
+# The rules that a training may have of its own when it branches from the stable phase of another.
+AFTER_STABLE = ("steps", "warmup_tokens", "decay_tokens", "lr_floor")
 
 
 @dataclass
@@ -33,7 +38,7 @@ class State:
 
 
 class Place:
-    """The directory of one training: metrics.jsonl, a line a step, and snapshots/.
+    """The directory of one training: metrics.jsonl, a line a step, snapshots/, and stable/, the one before the decay.
 
     `rules` are all settings that decide the result. With the initial weights they are the training's
     identity: a snapshot of another one is refused, and the difference named.
@@ -41,27 +46,39 @@ class Place:
 
     def __init__(self, directory: Path, optimizer: Optimizer, rules: Mapping[str, Any]) -> None:
         self.metrics = directory / "metrics.jsonl"
-        self._directory, self._snapshots = directory, directory / "snapshots"
+        self._directory = directory
         self._optimizer = optimizer
         self._identity = {**rules, "initial weights": _hash_weights(optimizer)}
 
-    def enter(self, seed: int, ranks: Ranks, say: Callable[[str], None]) -> State:
-        """Set optimizer, random generators and metrics to where the newest snapshot left them, or to zero."""
+    def enter(
+        self,
+        seed: int,
+        ranks: Ranks,
+        say: Callable[[str], None],
+        branch: Path | None = None,
+        before_decay: int = 0,
+    ) -> State:
+        """Set optimizer, random generators and metrics to where the newest snapshot left them; if there is none, to the
+        end of the stable phase of the training in `branch`, no later than `before_decay` steps; or to zero."""
         self._ranks = ranks
-        sweep_temporaries(self._snapshots)
-        found = snapshot.latest(self._snapshots, say)
+        for where in (SNAPSHOTS, STABLE):
+            sweep_temporaries(self._directory / where)
+        found = snapshot.latest(self._directory / SNAPSHOTS, say)
+        if found is None and branch is not None:
+            found = self._branch(branch, before_decay, say)
+        elif found is not None:
+            self._refuse_another(found.meta["identity"])
         if found is None:
             self.metrics.unlink(missing_ok=True)
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002 — the generator that libraries draw from
             torch.manual_seed(seed)
             return State()
-        self._refuse_another(found.meta["identity"])
         state = State(**found.meta["state"])
         self._optimizer.load(found.read_into)
         snapshot.restore_random_states(found.meta["random"], say)
         self._cut_metrics(found.meta["metrics_bytes"], say)
-        say(f"resuming after step {state.step}")
+        say(f"{'branching' if found.path.parent.name == STABLE else 'resuming'} after step {state.step}")
         then = _hands(found.meta.get("ranks", 1), found.sharded)
         now = _hands(ranks.size, self._optimizer.sharded)
         if then != now:
@@ -70,10 +87,10 @@ class Place:
             )
         return state
 
-    def save(self, state: State) -> None:
+    def save(self, state: State, where: str = SNAPSHOTS) -> None:
         """By the leader; by all ranks together, where the optimizer is sharded."""
         if not self._ranks.leader:
-            snapshot.help_save(self._snapshots, self._optimizer.tensors(), self._ranks)
+            snapshot.help_save(self._directory / where, self._optimizer.tensors(), self._ranks)
             return
         sync(self.metrics)
         meta = {
@@ -83,20 +100,43 @@ class Place:
             "ranks": self._ranks.size,
             "metrics_bytes": self.metrics.stat().st_size,
         }
-        snapshot.save(self._snapshots, state.step, self._optimizer.tensors(), meta, self._ranks)
+        snapshot.save(self._directory / where, state.step, self._optimizer.tensors(), meta, self._ranks)
+
+    def _branch(self, other: Path, before_decay: int, say: Callable[[str], None]) -> snapshot.Snapshot:
+        """The end of another training's stable phase, and the metrics up to there."""
+        found = snapshot.latest(other / STABLE, say)
+        if found is None:
+            raise UserError(f"{other} holds no snapshot of a stable phase: there is nothing to branch from.")
+        if changes := self._changes(found.meta["identity"], AFTER_STABLE):
+            raise UserError(
+                f"the training in {other} is another one before its decay: {'; '.join(changes)}. To branch from it, "
+                "write the old values into the recipe."
+            )
+        if found.step > before_decay:
+            raise UserError(
+                f"the training in {other} was stable for {found.step} steps; this one, by its `tokens`, `warmup` and "
+                f"`decay`, is so for {before_decay}. Give it more tokens, or a shorter warm-up and decay."
+            )
+        if self._ranks.leader:
+            self.metrics.unlink(missing_ok=True)
+            if (other / self.metrics.name).exists():
+                shutil.copyfile(other / self.metrics.name, self.metrics)
+        return found
 
     def _refuse_another(self, then: Mapping[str, Any]) -> None:
-        now = self._identity
-        changes = [
-            f"{key} was {then.get(key)} and is {now.get(key)}"
-            for key in sorted(then.keys() | now.keys())
-            if then.get(key) != now.get(key)
-        ]
-        if changes:
+        if changes := self._changes(then):
             raise UserError(
                 f"{self._directory} holds a training that was begun otherwise: {'; '.join(changes)}. "
                 "Go back to what it was begun with, or remove the directory to start anew."
             )
+
+    def _changes(self, then: Mapping[str, Any], but: Sequence[str] = ()) -> list[str]:
+        now = self._identity
+        return [
+            f"{key} was {then.get(key)} and is {now.get(key)}"
+            for key in sorted(then.keys() | now.keys())
+            if key not in but and then.get(key) != now.get(key)
+        ]
 
     def _cut_metrics(self, size: int, say: Callable[[str], None]) -> None:
         """Remove the lines of steps after the snapshot: these steps are done again."""

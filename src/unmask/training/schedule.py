@@ -1,5 +1,7 @@
 """The learning rate as a function of tokens: warm-up, stable, decay (WSD)."""
 
+import math
+
 
 def lr_scale(
     done_tokens: float, total_tokens: float, warmup_tokens: float, decay_tokens: float, floor: float = 0.0
@@ -14,3 +16,13 @@ def lr_scale(
     rising = done_tokens / warmup_tokens if warmup_tokens > 0 else 1.0
     left = max(0.0, total_tokens - done_tokens) / decay_tokens if decay_tokens > 0 else 1.0
     return min(1.0, rising, floor + (1.0 - floor) * left)
+
+
+def stable_steps(steps: int, tokens_per_step: int, warmup_tokens: float, decay_tokens: float) -> int:
+    """After how many steps the decay begins; 0 where the warm-up has not ended by then.
+
+    Up to there a training is the same whatever its length, and can be branched: into another decay, or into none.
+    """
+    # The rate is that of a step's middle; a step at the very edge may round to either side, so it is not counted.
+    before = min(steps, math.floor(steps - decay_tokens / tokens_per_step + 0.5 - 1e-6))
+    return before if before * tokens_per_step >= warmup_tokens else 0

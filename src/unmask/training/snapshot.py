@@ -98,6 +98,12 @@ def latest(directory: Path, say: Callable[[str], None]) -> Snapshot | None:
     return None
 
 
+def stamp(directory: Path) -> str | None:
+    """A hash of the newest snapshot's manifest, which has those of all its files."""
+    manifests = [path / _MANIFEST for path in _all(directory) if (path / _MANIFEST).is_file()]
+    return sha256_file(manifests[0]) if manifests else None
+
+
 def random_states() -> dict[str, Any]:
     """The states of the generators of python, numpy, torch and CUDA, as JSON."""
     # The global generator of numpy is the one that libraries draw from.
