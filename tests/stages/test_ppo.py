@@ -1,8 +1,11 @@
 """PPO: exact at its first step, a pure function of weights and seed, and it learns what is rewarded."""
 
 import json
+import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +37,7 @@ from unmask.stages.rollouts import (
 )
 from unmask.training import loop
 from unmask.training.optimizer import Optimizer
+from unmask.training.parallel import ALONE, Ranks
 
 SETTINGS = {
     "rollouts": 3,
@@ -56,6 +60,7 @@ def begin(
     lr: float = 1e-3,
     say: Callable[[str], None] = print,
     text: ppo.RawText | None = None,
+    ranks: Ranks = ALONE,
     **changes: Any,
 ) -> Stage:
     """The stage from fresh models; a `reward` that is given judges in the reward model's place."""
@@ -71,16 +76,19 @@ def begin(
         seed=5,
         text=text,
         say=say,
+        ranks=ranks,
     )
     if reward is not None:
         objective.reward = reward
     return model, objective, optimizer
 
 
-def train(stage: Stage, directory: Path) -> loop.Outcome:
+def train(stage: Stage, directory: Path, ranks: Ranks = ALONE) -> loop.Outcome:
     model, objective, optimizer = stage
     settings = loop.Settings(warmup_tokens=0, decay_tokens=0)
-    return loop.train(model, objective, optimizer, settings, directory, Progress(quiet=True), "RL")
+    return loop.train(
+        model, objective, optimizer, settings, directory, Progress(quiet=True), "RL", ranks=ranks
+    )
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:
@@ -218,6 +226,35 @@ def test_micro_batches_of_any_size_make_the_same_step() -> None:
     assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
     for name in one.metrics:
         assert one.metrics[name] == pytest.approx(other.metrics[name], abs=1e-4), name
+
+
+@pytest.mark.parametrize("answers", [12, 1])
+def test_two_ranks_each_answer_half_and_learn_from_the_same_rollouts_as_one_process(
+    tmp_path: Path, answers: int
+) -> None:
+    """Of one answer the second rank has none."""
+    for name, launch in {
+        "one": [],
+        "two": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    }.items():
+        (tmp_path / name).mkdir()
+        script = Path(__file__).with_name("ppo_ranks.py")
+        command = [sys.executable, *launch, str(script), str(tmp_path / name), str(answers)]
+        env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, timeout=120, env=env, capture_output=True)
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    for ours, theirs in zip(two, one, strict=True):
+        for metric in ours.keys() - {"seconds"}:
+            number, other = (math.nan if line[metric] is None else line[metric] for line in (ours, theirs))
+            assert number == pytest.approx(other, rel=1e-3, abs=1e-4, nan_ok=True), metric
+    per_rollout = len(one) // 3
+    assert [line["ratio_distance"] for line in two[::per_rollout]] == [0, 0, 0]
+    weights = [torch.load(tmp_path / "two" / f"rank_{rank}.pt") for rank in (0, 1)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    written = [json.loads((tmp_path / "two" / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+    # The first are those that the score's spread is taken from: four an answer.
+    assert written[0] == [2 * answers, *[(answers + 1) // 2] * 3]
+    assert written[1] == [2 * answers, *[answers // 2] * 3]
 
 
 def test_the_loss_is_policy_plus_weighted_value_loss_and_both_networks_learn() -> None:

@@ -431,6 +431,16 @@ def test_two_processes_cannot_train_in_one_directory(tmp_path: Path) -> None:
         run(tmp_path, Toy(Net()))
 
 
+def test_the_allocator_keeps_its_blocks_from_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    toy = Toy(Net())
+    monkeypatch.setattr(loop, "keep_large_blocks", lambda: told.append(len(toy.seen)))
+    run(tmp_path, toy)
+    assert told == [0]
+
+
 def test_no_steps_is_an_error() -> None:
     with pytest.raises(UserError, match="not one step"):
         run(Path("/nonexistent"), Toy(Net(), steps=0))

@@ -350,6 +350,17 @@ def test_micro_batches_are_dealt_out_once_each() -> None:
     assert sorted(batch for share in shares for batch in share) == batches
 
 
+def test_what_was_dealt_out_is_put_together_in_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = list(range(7))
+    shares = [Ranks(rank, 3).share(whole) for rank in range(3)]
+
+    def gather(everyone: list[Any], mine: list[int]) -> None:
+        everyone[:] = shares
+
+    monkeypatch.setattr("unmask.training.parallel.dist.all_gather_object", gather)
+    assert Ranks(1, 3).gathered(shares[1]) == whole
+
+
 def test_buckets_keep_the_order_and_hold_no_more_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unmask.training.parallel._BUCKET", 5)
     sizes = [[len(t) for t in bucket] for bucket in _buckets([torch.zeros(n) for n in (2, 3, 1, 9, 2)])]

@@ -24,7 +24,7 @@ from unmask.stages.prepare import SCHEME, Prepared, prepare
 from unmask.text.sources import content_hash
 from unmask.training import loop, machine, snapshot
 from unmask.training.cost import training_flops
-from unmask.training.parallel import Ranks
+from unmask.training.parallel import ALONE, Ranks
 from unmask.training.resume import STABLE
 from unmask.training.shard import unsharded
 
@@ -67,7 +67,7 @@ class Builder:
         device: torch.device,
         progress: Progress,
         anew: str | None = None,
-        ranks: Ranks = loop.ALONE,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.recipe, self.directory, self.device, self.progress = recipe, directory, device, progress
         self.ranks = ranks

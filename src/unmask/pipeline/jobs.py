@@ -22,7 +22,7 @@ from unmask.text.chat import Chat, render
 from unmask.training import loop, machine
 from unmask.training.loop import Objective, Outcome
 from unmask.training.optimizer import Optimizer, OptimizerSettings
-from unmask.training.parallel import Ranks
+from unmask.training.parallel import ALONE, Ranks
 
 CENTRED_ON = 256  # answers of the SFT model, whose mean score becomes the reward's zero
 
@@ -35,7 +35,7 @@ class Place:
     prepared: Prepared
     device: torch.device
     progress: Progress
-    ranks: Ranks = loop.ALONE
+    ranks: Ranks = ALONE
 
     def micro_tokens(self, section: Training | RlSection, batch_tokens: int) -> int:
         return micro_tokens_of(section, batch_tokens, self.ranks.size)
@@ -277,6 +277,7 @@ def reinforcement(place: Place, parent: Checkpoint, judge: Checkpoint, gold: Che
         text=text if section.ptx > 0 else None,
         gold=place.scorer(gold) if gold else None,
         say=place.progress.line,
+        ranks=place.ranks,
     )
 
     def finish(model: ppo.ActorCritic, outcome: Outcome) -> tuple[Decoder, dict[str, Any]]:

@@ -89,15 +89,14 @@ def whole_plan(recipe: Recipe, device: torch.device, processes: int = 1) -> Plan
         more = (4 / 3 if section.recompute else 1) / (4 / 3 if pre.recompute else 1)
         return passed / (rows * recipe.context) * more / processes
 
-    start = _now(device)
-    prompts = [[1] * 32] * recipe.rl.answers
-    generate(model, prompts, max_new_tokens=8, stop_ids=(), temperature=1.0, rows=recipe.rl.answers)
-    a_decode_step = (_now(device) - start) / 8
+    def a_decode_step(rows: int) -> float:
+        start = _now(device)
+        generate(model, [[1] * 32] * rows, max_new_tokens=8, stop_ids=(), temperature=1.0, rows=rows)
+        return (_now(device) - start) / 8
 
     rl, rules = recipe.rl, ppo_settings(recipe.rl)
     # Prompts and answers fill half of their room. A rollout is read once by policy, reference, critic and both judges
-    # without gradients (a forward pass is a third of a training pass), by every process, then learned from by two
-    # networks in each epoch.
+    # without gradients (a forward pass is a third of a training pass), then learned from by two networks in each epoch.
     read = rules.rollouts * rl.answers * (rl.prompt_tokens + rl.answer_tokens) / 2
     # Networks that learn, of which one waits while the critic warms up.
     learning = 2 - rules.critic_rollouts / rules.rollouts
@@ -107,12 +106,12 @@ def whole_plan(recipe: Recipe, device: torch.device, processes: int = 1) -> Plan
         "sft": given(recipe.sft.tokens) * a_token(recipe.sft),
         "reward": rewarded,
         "gold": rewarded,
-        "rl": rules.rollouts * rl.answer_tokens * a_decode_step
-        + read * a_token(rl) * (5 / 3 * processes + learning * rl.epochs),
+        "rl": rules.rollouts * rl.answer_tokens * a_decode_step(-(-rl.answers // processes))
+        + read * a_token(rl) * (5 / 3 + learning * rl.epochs),
     }
     if not recipe.reward.gold:
         del seconds["gold"]
-    seconds["measure"] = _measuring(recipe, a_reading, a_decode_step)
+    seconds["measure"] = _measuring(recipe, a_reading, a_decode_step(rl.answers))
     return Plan(weights, seconds)
 
 

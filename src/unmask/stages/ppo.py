@@ -28,11 +28,13 @@ from unmask.stages.rollouts import (
     actions,
     answered,
     check,
+    judged,
     log_probs,
     score_spread,
 )
 from unmask.text import order
 from unmask.training.optimizer import Optimizer, OptimizerSettings
+from unmask.training.parallel import ALONE, Ranks
 
 ADAM_EPS = (
     1e-5  # Huang et al. (arXiv 2403.17031): what InstructGPT's ancestors used, and stabler here than 1e-8
@@ -111,6 +113,9 @@ class PPO:
     first epoch's micro-batches, so that the first step has ratio 1 exactly; how far the sampler's own lie
     from them is logged. A rollout is a pure function of weights, index and seed, and snapshots fall between
     rollouts (`pause_every`): a resumed run collects the very same ones, and none is ever stored.
+
+    Of several ranks each answers, judges and reads its share, and all learn from the same rollout. A rank reads in
+    `collect` the very micro-batches that it learns from in the first epoch.
     """
 
     def __init__(
@@ -127,6 +132,7 @@ class PPO:
         text: pretrain.Pretraining | None = None,
         gold: Scorer | None = None,
         say: Callable[[str], None] = print,
+        ranks: Ranks = ALONE,
     ) -> None:
         if settings.minibatches > settings.answers:
             raise UserError(
@@ -134,7 +140,7 @@ class PPO:
             )
         self.model, self.reference, self.reward, self.prompts = model, reference, reward, prompts
         self.settings, self.stop_ids, self.seed, self.spread = settings, stop_ids, seed, spread
-        self.text, self.gold, self.say = text, gold, say
+        self.text, self.gold, self.say, self.ranks = text, gold, say, ranks
         self.pause_every = settings.epochs * settings.minibatches
         self.steps = settings.rollouts * self.pause_every
         read = settings.answers * (prompts.mean_length + settings.answer_tokens) / settings.minibatches
@@ -234,8 +240,9 @@ class PPO:
             stop_ids=self.stop_ids,
             seed=int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0]),
             rows=settings.rows,
+            ranks=self.ranks,
         )
-        given_B = self.reward(rollout)
+        given_B = judged(self.reward, rollout, self.ranks)
         troubles = check(rollout, given_B)
 
         device = self.model.policy.head.device
@@ -243,11 +250,14 @@ class PPO:
         mask_BA = torch.arange(int(lengths_B.max()), device=device) < lengths_B[:, None]
         blank_BA = torch.zeros_like(mask_BA, dtype=torch.float32)
         log_probs_BA, reference_BA, values_BA = blank_BA.clone(), blank_BA.clone(), blank_BA.clone()
-        for rows in (rows for part in self._parts(index, 0, rollout) for rows in part):
+        for rows in (rows for part in self._parts(index, 0, rollout) for rows in self.ranks.share(part)):
             acts, mask, blank = actions(rollout, rows, device), mask_BA[rows], blank_BA[rows]
             log_probs_BA[rows] = blank.masked_scatter(mask, log_probs(self.model.policy, acts))
             reference_BA[rows] = blank.masked_scatter(mask, log_probs(self.reference, acts))
             values_BA[rows] = blank.masked_scatter(mask, self._values(acts))
+        self.ranks.add(
+            [log_probs_BA, reference_BA, values_BA]
+        )  # each row is some rank's, and 0 on the others
 
         found = experience(
             rollout,
@@ -277,7 +287,8 @@ class PPO:
         whole = [i for i, answer in enumerate(rollout.answers) if answer.finished]
         texts = [[*rollout.prompts[i], *rollout.answers[i].ids] for i in whole]
         lengths_B = torch.tensor([float(len(rollout.answers[i].ids)) for i in whole])
-        scores_B = scores(self.gold, texts, self.settings.micro_tokens)
+        mine = scores(self.gold, self.ranks.share(texts), self.settings.micro_tokens).tolist()
+        scores_B = torch.tensor(self.ranks.gathered(mine))
         return objectives.at_length(scores_B, lengths_B, self.settings.answer_tokens / 2)
 
     def _parts(self, index: int, epoch: int, rollout: Rollout) -> list[list[list[int]]]:
@@ -335,6 +346,7 @@ def stage(
     text: RawText | None = None,
     gold: Scorer | None = None,
     say: Callable[[str], None] = print,
+    ranks: Ranks = ALONE,
 ) -> tuple[ActorCritic, PPO, Optimizer]:
     """Policy and critic with their objective and optimizer, ready for the loop.
 
@@ -360,6 +372,7 @@ def stage(
         stop_ids=stop_ids,
         seed=seed,
         rows=settings.rows,
+        ranks=ranks,
     )
     if not spread > 0:
         say("the reward model tells no two answers to one prompt apart; kl is taken in its log-odds")
@@ -394,5 +407,6 @@ def stage(
         ),
         gold=gold,
         say=say,
+        ranks=ranks,
     )
     return model, objective, optimizer

@@ -18,6 +18,7 @@ from unmask.model.loss import token_log_probs
 from unmask.model.scorer import Scorer
 from unmask.stages.batches import drawn, fingerprint, pad_right, sent
 from unmask.stages.reward import scores
+from unmask.training.parallel import ALONE, Ranks
 
 
 class Source(NamedTuple):
@@ -88,20 +89,32 @@ def answered(
     stop_ids: Sequence[int],
     seed: int,
     rows: int = 64,
+    ranks: Ranks = ALONE,
 ) -> Rollout:
-    """The policy's answers at temperature 1 without top-k or top-p: what is sampled is what is trained."""
+    """The policy's answers at temperature 1 without top-k or top-p: what is sampled is what is trained.
+
+    Of several ranks each writes its share of them, and all get the whole.
+    """
+    mine = ranks.share(range(len(prompts)))
     answers = generate(
         policy,
-        prompts,
+        [prompts[i] for i in mine],
         max_new_tokens=answer_tokens,
         stop_ids=stop_ids,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
         seed=seed,
+        streams=mine,
         rows=rows,
     )
-    return Rollout(prompts, answers)
+    return Rollout(prompts, ranks.gathered(answers))
+
+
+def judged(reward: Reward, rollout: Rollout, ranks: Ranks = ALONE) -> Tensor:
+    """Its scores (B,), float32 on the CPU. Of several ranks each judges its share, and all get the whole."""
+    mine = Rollout(ranks.share(rollout.prompts), ranks.share(rollout.answers))
+    return torch.tensor(ranks.gathered(reward(mine).tolist()), dtype=torch.float32)
 
 
 class RewardModel:
@@ -131,14 +144,17 @@ def score_spread(
     stop_ids: Sequence[int],
     seed: int,
     rows: int,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Standard deviation of the score between two answers of the policy to the same prompt.
 
     The root of the mean of (difference)² / 2 over the prompts that got two scores; NaN where none did.
     """
     twice = [*prompts, *prompts]
-    said = answered(policy, twice, answer_tokens=answer_tokens, stop_ids=stop_ids, seed=seed, rows=rows)
-    first_B, second_B = reward(said).double().chunk(2)
+    said = answered(
+        policy, twice, answer_tokens=answer_tokens, stop_ids=stop_ids, seed=seed, rows=rows, ranks=ranks
+    )
+    first_B, second_B = judged(reward, said, ranks).double().chunk(2)
     return ((first_B - second_B) ** 2 / 2).nanmean().sqrt().item()
 
 

@@ -17,12 +17,11 @@ from unmask.files import append_lines, lock, read_json_lines
 from unmask.progress import Progress
 from unmask.training.machine import keep_large_blocks, peak_memory, reset_peak_memory
 from unmask.training.optimizer import Optimizer
-from unmask.training.parallel import Ranks
+from unmask.training.parallel import ALONE, Ranks
 from unmask.training.resume import STABLE, Place, State
 from unmask.training.schedule import lr_scale, stable_steps
 from unmask.training.signals import stop_on_signal
 
-ALONE = Ranks()
 SNAPSHOT_SECONDS = 120.0
 _SNAPSHOTS_SHARE = 0.05  # of the time, which they take at most, or else they come more rarely
 _HOPELESS = 10  # steps in a row without a finite loss and gradient, after which nothing mends itself

@@ -43,7 +43,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, batches: Sequence[T]) -> Sequence[T]:
-        """The micro-batches of a step that are this rank's; none, where there are fewer than ranks."""
+        """Those of a step's micro-batches, or of a rollout's prompts, that are this rank's: maybe none."""
         return batches[self.rank :: self.size]
 
     def add_gradients(self, parameters: Mapping[str, Tensor]) -> None:
@@ -60,12 +60,27 @@ class Ranks:
             if tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor)
         for bucket in _buckets(wanted):
-            grads = [t.grad for t in bucket if t.grad is not None]
-            flat = torch.cat([grad.reshape(-1) for grad in grads])
-            with self.together():
-                dist.all_reduce(flat)
-            for grad, summed in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
-                grad.copy_(summed.view_as(grad))
+            self.add([t.grad for t in bucket if t.grad is not None])
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Each of these, of one dtype and device, becomes the sum of all ranks' own; they are sent as one."""
+        if self.size == 1:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        with self.together():
+            dist.all_reduce(flat)
+        for tensor, summed in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+
+    def gathered(self, mine: Sequence[T]) -> list[T]:
+        """What each rank made of its `share` of something, put together in the order of the whole."""
+        if self.size == 1:
+            return list(mine)
+        everyone: list[list[T]] = [[]] * self.size
+        with self.together():
+            dist.all_gather_object(everyone, list(mine))
+        turns = range(max(map(len, everyone)))
+        return [theirs[turn] for turn in turns for theirs in everyone if turn < len(theirs)]
 
     def add_numbers(self, numbers: Mapping[str, float], counted: Mapping[str, int]) -> dict[str, float]:
         """Sums by name over all ranks, in their order; a rank may lack a name.
@@ -81,8 +96,7 @@ class Ranks:
         if other := [rank for rank, theirs in enumerate(counts) if theirs != counts[0]]:
             raise UserError(
                 f"ranks 0 and {other[0]} have different batches: they count {counts[0]} and {counts[other[0]]}. Is it "
-                "the same code, recipe and text on all machines, and do they compute alike? (PPO's answers do not "
-                "come out the same on different processors.)"
+                "the same code, recipe and text on all machines?"
             )
         sums: dict[str, float] = {}
         for each, _ in everyone:
@@ -149,6 +163,9 @@ class Ranks:
                 f"rank {self.rank} has lost another one ({words}). torchrun says which rank failed first. "
                 "Start the same command again: it goes on from the last snapshot."
             ) from None
+
+
+ALONE = Ranks()
 
 
 @contextmanager
