@@ -1,5 +1,6 @@
 """How long a run will take, from steps that are timed on this machine before it starts."""
 
+import math
 import time
 from typing import NamedTuple
 
@@ -45,8 +46,8 @@ def plan(builder: Builder) -> Plan:
 
 
 def whole_plan(recipe: Recipe, device: torch.device, processes: int = 1) -> Plan:
-    """Times two training steps and a few generated tokens with random weights at the recipe's size: a few seconds, for
-    a few million weights. Nothing is timed that the device has too little memory for.
+    """Times three training steps and a few generated tokens with random weights at the recipe's size: a few seconds,
+    for a few million weights. Nothing is timed that the device has too little memory for.
 
     Of several processes this one speaks for all: they train as if each had its share to itself.
     """
@@ -71,16 +72,17 @@ def whole_plan(recipe: Recipe, device: torch.device, processes: int = 1) -> Plan
     optimizer = Optimizer(model, optimizer_settings(pre), dtype)
     model.model.compiled, model.model.recompute = compiles(device), pre.recompute
 
-    passed, stepped = 0.0, 0.0
-    for _ in range(2):  # the first one also allocates, and compiles
+    passed = stepped = math.inf
+    for turn in range(3):  # the first one also allocates, and compiles
         start = _now(device)
         hidden = model.hidden(batch[:, :-1]).flatten(0, 1)
         torch.autograd.backward(
             cross_entropy_sum(hidden, model.head, batch[:, 1:].flatten()) / hidden.shape[0]
         )
-        passed = _now(device) - start
+        between = _now(device)
         optimizer.step(0.0)
-        stepped = _now(device) - start - passed
+        if turn > 0:
+            passed, stepped = min(passed, between - start), min(stepped, _now(device) - between)
         optimizer.zero_grad()
     model.model.compiled = False
 
