@@ -108,8 +108,8 @@ def ids(shape: str, length: int, seed: int) -> list[int]:
 def imitation(shape: str, dtype: torch.dtype) -> tuple[Objective, Optimizer]:
     trained = [False] * PROMPT + [True] * ANSWER
     examples = [Rendered(ids(shape, PROMPT + ANSWER, seed), trained) for seed in range(ROWS * STEPS)]
-    length = SHAPES[shape][3]
-    rows = ROWS * (PROMPT + ANSWER)  # tokens of a step: whole rows of `length` that hold so many
+    length = SHAPES[shape][3] // (PROMPT + ANSWER) * (PROMPT + ANSWER)  # rows that whole conversations fill
+    rows = ROWS * (PROMPT + ANSWER)  # tokens of a step
     _, objective, optimizer = sft.stage(
         decoder(shape), [sft.Source("made up", examples, 1.0)], length=length, tokens=rows * STEPS,
         batch_tokens=rows, micro_tokens=rows, pad=PAD, settings=ADAMW, dtype=dtype, seed=0,

@@ -55,7 +55,11 @@ def test_a_stage_begun_with_other_text_is_refused_by_name(tmp_path: Path) -> Non
     def builder() -> Builder:
         return Builder(recipe, tmp_path / "run", torch.device("cpu"), Progress(quiet=True))
 
-    builder().begin("base")
+    builder().begin("base", builder()._decides("base"))
+    text.write_text("another text", "utf-8")
+    builder().refuse_another_recipe()  # nothing was trained: it begins anew
+    (tmp_path / "run/work/base/snapshots/step_00000001").mkdir(parents=True)
+    text.write_text("one text", "utf-8")
     builder().refuse_another_recipe()
     text.write_text("another text", "utf-8")
     with pytest.raises(UserError, match=r"raw\.txt .*--from base"):

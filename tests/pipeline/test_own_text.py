@@ -245,6 +245,8 @@ def test_a_stage_that_was_stopped_goes_on_with_the_recipe_that_it_was_begun_with
     monkeypatch.setattr(build_module.loop, "train", stopped)
     with pytest.raises(InterruptedError):
         build(recipe_of(files), run)
+    builder_of(recipe_of(files, rl__kl=2.0), run).refuse_another_recipe()  # nothing of it was trained yet
+    (run / "work/rl/snapshots/step_00000001").mkdir(parents=True)
     builder_of(recipe_of(files), run).refuse_another_recipe()
     with pytest.raises(UserError, match=r"rl was made with another recipe: rl\.kl .*--from rl"):
         builder_of(recipe_of(files, rl__kl=2.0), run).refuse_another_recipe()
@@ -306,6 +308,20 @@ def test_the_scores_zero_is_the_mean_of_what_sft_answers(
     assert 0 < len(texts) == judge.record.metrics["centred_on_answers"]
     assert scores(model, texts).mean().item() == pytest.approx(0.0, abs=1e-5)
     assert model.config.reward_offset != 0
+
+
+def test_texts_that_nothing_was_asked_before_are_their_own_zero(files: Path, run: Path) -> None:
+    """SFT cannot answer in people's place where there is nothing to answer."""
+    write(
+        files / "bare.jsonl",
+        ({"chosen": sentence(i), "rejected": f"{sentence(i + 1)[:-1]}!"} for i in range(120)),
+    )
+    recipe = recipe_of(files, reward__source={"path": str(files / "bare.jsonl"), "heldout": 0.3})
+    for name in ("reward", "gold", "rl"):
+        shutil.rmtree(run / name)
+    judge = build(recipe, run).reward
+    assert judge.record is not None and judge.record.metrics["centred_on_answers"] == 0
+    assert isinstance(judge.model(), Scorer)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from unmask.files import read_json_lines
 from unmask.lineage import Checkpoint
 from unmask.model.decoder import Trunk
 from unmask.pipeline import build as build_module
-from unmask.pipeline import jobs, measure
+from unmask.pipeline import jobs, measure, runner
 from unmask.pipeline.build import Builder, Built
 from unmask.pipeline.jobs import Place
 from unmask.probes.reward_quality import text_of
@@ -175,34 +175,82 @@ def with_base(recipe: Recipe, **section: Any) -> Recipe:
     return recipe.model_copy(update={"pretrain": recipe.pretrain.model_copy(update=section)})
 
 
-def test_another_base_goes_on_from_where_a_runs_base_began_to_decay_and_its_record_says_so(
-    place: Place, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def trunk(run: Path, tmp_path: Path) -> Path:
+    """What is needed of a run to branch from its base."""
+    shutil.copytree(run / "work" / "base", tmp_path / "trunk" / "work" / "base")
+    return tmp_path / "trunk"
+
+
+def test_another_base_goes_on_from_where_a_runs_base_began_to_decay_and_needs_it_no_more(
+    place: Place, run: Path, trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: Any) -> None:
         raise InterruptedError
 
     monkeypatch.setattr(jobs, "imitation", stop)
-    recipe = with_base(place.recipe, branch=str(run), tokens=60_000, decay=0.2)
-    builder = Builder(recipe, tmp_path, CPU, QUIET)
+    here = tmp_path / "branch"
+    recipe = with_base(place.recipe, branch=str(trunk), tokens=60_000, decay=0.2)
+    builder = Builder(recipe, here, CPU, QUIET)
+    builder.refuse_another_trunk()
     with pytest.raises(InterruptedError):
         builder.build(builder.prepare())
-    builder.refuse_another_recipe()  # the base that is there is of this recipe
-    old, new = (read_json_lines(where / "work" / "base" / "metrics.jsonl") for where in (run, tmp_path))
-    stable = int(next((run / "work" / "base" / "stable").iterdir()).name.removeprefix("step_"))
+    old, new = (read_json_lines(where / "work" / "base" / "metrics.jsonl") for where in (run, here))
+    stable = int(next((trunk / "work" / "base" / "stable").iterdir()).name.removeprefix("step_"))
     assert new[:stable] == old[:stable]  # to the second: they were copied
     assert [line["lr_scale"] for line in new] != [line["lr_scale"] for line in old]
-    record, trunk = (Checkpoint.open(where / "base").record for where in (tmp_path, run))
-    assert record is not None and trunk is not None
-    assert record.steps == 60_000 // (trunk.tokens // trunk.steps) and record.hash != trunk.hash
-    assert record.recipe["pretrain"]["branch"] == str(run) and str(run) in record.recipe["sources"]
+    record, before = (Checkpoint.open(where / "base").record for where in (here, run))
+    assert record is not None and before is not None
+    assert record.steps == 60_000 // (before.tokens // before.steps) and record.hash != before.hash
+    assert record.recipe["pretrain"]["branch"] == str(trunk) and str(trunk) in record.recipe["sources"]
+
+    shutil.rmtree(trunk)
+    for anew in (None, "sft"):
+        again = Builder(recipe, here, CPU, QUIET, anew)
+        again.refuse_another_recipe()
+        again.refuse_another_trunk()
 
 
-def test_a_branch_of_nothing_or_of_itself_is_refused_before_anything_is_trained(
-    place: Place, run: Path, tmp_path: Path
+def test_a_branch_under_way_needs_its_trunk_no_more_and_keeps_what_it_went_on_from(
+    place: Place, trunk: Path, tmp_path: Path
 ) -> None:
-    for branch, named in ((tmp_path / "nowhere", "holds no snapshot"), (run, "this run itself")):
-        with pytest.raises(UserError, match=named):
-            Builder(with_base(place.recipe, branch=str(branch)), run, CPU, QUIET).refuse_another_recipe()
+    builder = Builder(with_base(place.recipe, branch=str(trunk)), tmp_path / "branch", CPU, QUIET)
+    begun = builder._decides("base")
+    builder.begin("base", begun)
+    (tmp_path / "branch/work/base/snapshots/step_00000030").mkdir(parents=True)
+    shutil.rmtree(trunk)
+    assert builder._decides("base") == begun
+    builder.refuse_another_recipe()
+    builder.refuse_another_trunk()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"branch": "nowhere"}, "holds no snapshot"),
+        ({"branch": "here"}, "this run itself"),
+        ({"lr": 0.5}, r"pretrain\.lr was .* and is now 0\.5"),
+        ({"batch_tokens": 4096}, r"pretrain\.batch_tokens was 2048 and is now 4096"),
+        ({"tokens": 8_000_000}, "a shorter `warmup`"),
+        ({"tokens": 20_000}, "more `tokens` or a shorter `decay`"),
+    ],
+)
+def test_a_branch_that_cannot_be_is_refused_by_name_before_anything_is_moved_or_written(
+    place: Place, trunk: Path, tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    here = tmp_path / "here"
+    (here / "base").mkdir(parents=True)
+    change = {"branch": str(trunk)} | change
+    if change["branch"] == "here":
+        change["branch"] = str(here)
+    with pytest.raises(UserError, match=named):
+        runner.run(with_base(place.recipe, **change), output=here, restart_from="base", progress=QUIET)
+    assert {path.name for path in here.iterdir()} <= {"base", ".lock"}
+
+
+def test_a_run_is_not_written_into_a_checkpoint(place: Place, run: Path) -> None:
+    with pytest.raises(UserError, match="is a checkpoint"):
+        runner.run(place.recipe, output=run / "base", progress=QUIET)
 
 
 @pytest.mark.parametrize(("stage", "compiled"), [("reward", True), ("gold", True), ("rl", False)])

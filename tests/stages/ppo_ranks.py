@@ -11,7 +11,8 @@ from small_models import scorer
 from test_ppo import begin, train
 
 from unmask.generation.engine import Answer, generate
-from unmask.stages import rollouts
+from unmask.stages import ppo, rollouts
+from unmask.stages.reward import scores
 from unmask.training import parallel
 
 
@@ -22,13 +23,23 @@ def main(directory: Path, answers: int) -> None:
         written.append(len(prompts))
         return generate(policy, prompts, **settings)
 
+    read = {"by the reward model": 0, "by the second judge": 0}
+
+    def counting(judge: str) -> Any:
+        def scored(model: Any, texts: Sequence[Sequence[int]], micro_tokens: int) -> Any:
+            read[judge] += len(texts)
+            return scores(model, texts, micro_tokens)
+
+        return scored
+
     rollouts.generate = counted  # type: ignore[attr-defined]
+    rollouts.scores, ppo.scores = map(counting, read)  # type: ignore[attr-defined]
     with parallel.joined("cpu") as (ranks, _):
         stage = begin(ranks=ranks, answers=answers, minibatches=min(2, answers))
         stage[1].gold = scorer(4)
         train(stage, directory, ranks)
         torch.save(stage[0].state_dict(), directory / f"rank_{ranks.rank}.pt")
-        (directory / f"rank_{ranks.rank}.json").write_text(json.dumps(written))
+        (directory / f"rank_{ranks.rank}.json").write_text(json.dumps({"written": written, **read}))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,11 @@ def test_every_source_gives_all_its_rows_before_one_comes_again(
         assert abs(len(seen[source]) - 60 * shares[source] / sum(shares)) <= len(sizes)
 
 
+def test_sources_of_one_size_have_orders_of_their_own() -> None:
+    rows = drawn(0, 60, [30, 30], [1.0, 1.0], 1)
+    assert [row for source, row in rows if source == 0] != [row for source, row in rows if source == 1]
+
+
 def test_another_seed_draws_in_another_order() -> None:
     assert drawn(0, 50, [50], [1.0], 1) != drawn(0, 50, [50], [1.0], 2)
 

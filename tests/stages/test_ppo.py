@@ -251,10 +251,25 @@ def test_two_ranks_each_answer_half_and_learn_from_the_same_rollouts_as_one_proc
     assert [line["ratio_distance"] for line in two[::per_rollout]] == [0, 0, 0]
     weights = [torch.load(tmp_path / "two" / f"rank_{rank}.pt") for rank in (0, 1)]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
-    written = [json.loads((tmp_path / "two" / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+    alone, first, second = (
+        json.loads((tmp_path / name).read_text())
+        for name in ("one/rank_0.json", "two/rank_0.json", "two/rank_1.json")
+    )
     # The first are those that the score's spread is taken from: four an answer.
-    assert written[0] == [2 * answers, *[(answers + 1) // 2] * 3]
-    assert written[1] == [2 * answers, *[answers // 2] * 3]
+    assert first["written"] == [2 * answers, *[(answers + 1) // 2] * 3]
+    assert second["written"] == [2 * answers, *[answers // 2] * 3]
+    for judge in ("by the reward model", "by the second judge"):
+        assert first[judge] + second[judge] == alone[judge]
+
+
+def test_of_several_ranks_each_gets_a_part_of_a_step() -> None:
+    for size in (1, 2, 4):
+        _, objective, _ = begin(answers=16, micro_tokens=10_000, minibatches=1)
+        objective.ranks = Ranks(0, size)
+        rollout = Rollout([PROMPTS[i % 4] for i in range(16)], [answer([20, 21, STOP])] * 16)
+        [groups] = objective._parts(0, 0, rollout)
+        assert sorted(row for group in groups for row in group) == list(range(16))
+        assert len(groups) == 1 if size == 1 else len(groups) >= size
 
 
 def test_the_loss_is_policy_plus_weighted_value_loss_and_both_networks_learn() -> None:

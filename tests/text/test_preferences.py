@@ -32,6 +32,7 @@ PAIR = Pair([user("q"), assistant("good")], [user("q"), assistant("bad")])
         {"prompt": [user("q")], "chosen": assistant("good"), "rejected": assistant("bad")},
         {"prompt": [user("q")], "chosen": "good", "rejected": "bad", "score": 3},
         {"chosen": PAIR.chosen, "rejected": PAIR.rejected},
+        {"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"},
         {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
         {
             "prompt": "q",
@@ -42,6 +43,12 @@ PAIR = Pair([user("q"), assistant("good")], [user("q"), assistant("bad")])
 )
 def test_explicit_and_implicit_prompts_as_text_or_messages_give_the_same_pair(row: dict[str, Any]) -> None:
     assert to_pair(row, "x") == PAIR
+
+
+def test_alpacas_instruction_and_input_are_the_question() -> None:
+    row = {"system": "s", "instruction": "q", "input": "i", "chosen": "good", "rejected": "bad"}
+    asked = [{"role": "system", "content": "s"}, user("q\n\ni")]
+    assert to_pair(row, "x") == Pair([*asked, assistant("good")], [*asked, assistant("bad")])
 
 
 def test_texts_without_a_prompt_are_answers() -> None:

@@ -124,7 +124,7 @@ def test_a_build_that_was_cut_short_goes_on_and_ends_as_if_it_had_not(
 ) -> None:
     monkeypatch.setattr("unmask.text.shards._AT_ONCE", 300)
     monkeypatch.setattr("unmask.text.shards._NOTE_SECONDS", 0.0)
-    texts = [*sentences(60), "", *sentences(40)]
+    texts = ["", *sentences(60), "", *sentences(40)]  # one before what is noted and one after it
 
     def killed() -> Iterator[str]:
         yield from texts[:70]
@@ -141,7 +141,7 @@ def test_a_build_that_was_cut_short_goes_on_and_ends_as_if_it_had_not(
         Tokenizer, "encode_batch", lambda self, batch: encoded.extend(batch) or plainly(self, batch)
     )
     again = build(tmp_path / "x", texts, tokenizer())
-    assert len(encoded) < 60  # some 60 of 101 were there
+    assert len(encoded) < 60  # some 60 of 102 were there
     assert again.fingerprint == build(tmp_path / "y", texts, tokenizer()).fingerprint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [

@@ -42,6 +42,7 @@ class Asked:
     muon: bool = False
     recompute: bool = False
     keep_stable: bool = False
+    snapshot_seconds: float = 0.0
     branch: Path | None = None
     dtype: str = "float64"
 
@@ -121,7 +122,12 @@ def main() -> None:
         toy = Fated(model, steps=8, micro=asked.micro, asked=asked)
         rates = RATES if asked.muon else replace(RATES, matrix_lr=None)
         optimizer = Optimizer(model, rates, dtype, sharded=asked.sharded)
-        settings = replace(SETTINGS, keep_stable=asked.keep_stable, branch=asked.branch)
+        settings = replace(
+            SETTINGS,
+            keep_stable=asked.keep_stable,
+            branch=asked.branch,
+            snapshot_seconds=asked.snapshot_seconds,
+        )
         with Sums() as sums:
             train(model, toy, optimizer, settings, asked.directory, Progress(), "toy", ranks=ranks)
         state = {name: whole(tensor) for name, tensor in optimizer.tensors().items()}

@@ -320,6 +320,36 @@ def test_a_snapshot_of_another_precision_is_refused(tmp_path: Path) -> None:
         train(again.net, again, rounded, SETTINGS, tmp_path, Progress(quiet=True), "toy")
 
 
+def test_a_snapshot_with_other_rates_between_parts_is_refused(tmp_path: Path) -> None:
+    """As of the critic beside the policy."""
+    first = Signalled(Net())
+    first.at = 2
+    with pytest.raises(Interrupted):
+        run(tmp_path, first)
+    again = Toy(Net())
+    scaled = Optimizer(again.net, RATES, torch.float32, lambda name: 3.0 if "layers" in name else 1.0)
+    with pytest.raises(UserError, match="initial weights"):
+        train(again.net, again, scaled, SETTINGS, tmp_path, Progress(quiet=True), "toy")
+
+
+def test_steps_that_a_stopped_process_skipped_count_too(tmp_path: Path) -> None:
+    class Both(Poisoned, Signalled): ...
+
+    first = Both(Net())
+    first.poison, first.at = frozenset({1}), 3
+    with pytest.raises(Interrupted):
+        run(tmp_path, first, RARE)
+    assert run(tmp_path, Toy(Net()), RARE)[0].skipped_steps == 1
+
+
+def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> None:
+    left = [tmp_path / where / ".step_00000003.tmp-999999999-0a0a0a0a" for where in ("snapshots", "stable")]
+    for path in left:
+        path.mkdir(parents=True)
+    run(tmp_path, Toy(Net()))
+    assert not any(path.exists() for path in left)
+
+
 @pytest.mark.parametrize(("asked", "expected"), [(None, [120, 330, 540]), (100.0, [100, 210, 320, 430, 540])])
 def test_snapshots_that_take_long_come_rarely_unless_it_was_said_how_often(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: float | None, expected: list[int]
@@ -335,10 +365,10 @@ def test_snapshots_that_take_long_come_rarely_unless_it_was_said_how_often(
 
     save = Place.save
 
-    def slow(place: Place, state: State) -> None:
+    def slow(place: Place, state: State, where: str) -> None:
         began.append(clock[0])
         clock[0] += 10
-        save(place, state)
+        save(place, state, where)
 
     monkeypatch.setattr(Place, "save", slow)
     steps = 540 - 10 * (len(expected) - 1)
@@ -378,17 +408,43 @@ def whole_steps(warmup: int, decay: int, **changes: Any) -> Settings:
     )
 
 
-@pytest.mark.parametrize(("steps", "decay"), [(10, 4), (7, 3), (4, 0)])
+@pytest.mark.parametrize(("steps", "decay", "floor"), [(10, 4, 0.0), (7, 3, 0.2), (4, 0, 0.0)])
 def test_a_branch_of_the_stable_phase_equals_a_whole_training_with_its_decay_bit_for_bit(
-    tmp_path: Path, steps: int, decay: int
+    tmp_path: Path, steps: int, decay: int, floor: float
 ) -> None:
     run(tmp_path / "trunk", Toy(Net(dropout=0.1), steps=8, draws=True), whole_steps(2, 4, keep_stable=True))
-    whole = run(tmp_path / "whole", Toy(Net(dropout=0.1), steps=steps, draws=True), whole_steps(2, decay))
+    settings = whole_steps(2, decay, lr_floor=floor)
+    whole = run(tmp_path / "whole", Toy(Net(dropout=0.1), steps=steps, draws=True), settings)
     branched = Toy(Net(dropout=0.1), steps=steps, draws=True)
-    outcome, optimizer = run(tmp_path / "branch", branched, whole_steps(2, decay, branch=tmp_path / "trunk"))
+    settings = replace(settings, branch=tmp_path / "trunk")
+    outcome, optimizer = run(tmp_path / "branch", branched, settings)
     assert branched.seen == list(range(4, steps))
     assert_same_training((tmp_path / "branch", optimizer), (tmp_path / "whole", whole[1]))
     assert (outcome.steps, outcome.tokens, outcome.metrics) == (steps, whole[0].tokens, whole[0].metrics)
+
+
+def test_a_branch_that_ends_or_decays_where_it_begins_can_be_branched_in_its_turn(tmp_path: Path) -> None:
+    run(tmp_path / "trunk", Toy(Net(), steps=8), whole_steps(2, 4, keep_stable=True))
+    whole = run(tmp_path / "whole", Toy(Net(), steps=9), whole_steps(2, 4))
+    end = whole_steps(2, 0, branch=tmp_path / "trunk", keep_stable=True)
+    run(tmp_path / "end", Toy(Net(), steps=4), end)
+    last = Toy(Net(), steps=9)
+    _, optimizer = run(tmp_path / "last", last, whole_steps(2, 4, branch=tmp_path / "end"))
+    assert last.seen == [4, 5, 6, 7, 8]
+    assert_same_training((tmp_path / "last", optimizer), (tmp_path / "whole", whole[1]))
+
+
+def test_what_names_a_stable_state_is_its_tensors_and_not_when_it_was_saved(tmp_path: Path) -> None:
+    """So that a training that is killed after it, and comes by again, is still the same to branch from."""
+    for name in ("a", "b"):
+        run(tmp_path / name, Toy(Net()), whole_steps(1, 3, keep_stable=True))
+    run(tmp_path / "c", Toy(Net()), whole_steps(1, 3, keep_stable=True, clip=0.5))
+    a, b, c = (snapshot.stamp(tmp_path / name / "stable") for name in ("a", "b", "c"))
+    assert a is not None and c is not None
+    assert (a[0], a) == (3, b) and a != c
+    manifest = tmp_path / "a/stable/step_00000003/manifest.json"
+    manifest.write_text("garbled")
+    assert snapshot.stamp(tmp_path / "a" / "stable") is None
 
 
 def test_a_branch_goes_on_from_its_own_snapshot_once_it_has_one(tmp_path: Path) -> None:
@@ -407,8 +463,12 @@ def test_a_branch_goes_on_from_its_own_snapshot_once_it_has_one(tmp_path: Path) 
     ("change", "named"),
     [
         ({"clip": 0.5}, "clip was 1.0 and is 0.5"),
-        ({"decay_tokens": 5.0 * ROWS * LENGTH}, "stable for 3 steps; this one, .* for 1"),
-        ({"warmup_tokens": 4.0 * ROWS * LENGTH}, "stable for 3 steps; this one, .* for 0"),
+        ({"decay_tokens": 5.0 * ROWS * LENGTH}, "stable up to step 3, and this one is from step 1 to 1"),
+        ({"decay_tokens": 6.0 * ROWS * LENGTH}, "stable up to step 3, and this one never is"),
+        (
+            {"warmup_tokens": 4.0 * ROWS * LENGTH, "decay_tokens": 0.0},
+            "stable up to step 3, and this one is from step 4 to 6",
+        ),
     ],
 )
 def test_a_branch_of_another_stable_phase_is_refused_and_the_difference_named(

@@ -2,6 +2,7 @@
 
 import mmap
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,16 @@ def test_the_peak_of_memory_is_that_since_the_reset() -> None:
     touch(48 << 20)
     rise = machine.peak_memory(CPU) - low
     assert 40 << 20 < rise < 60 << 20
+
+
+def test_a_container_has_no_more_memory_than_it_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_MEMORY_MAX", tmp_path / "memory.max")
+    whole = machine.memory(CPU)
+    for allowed, expected in (("max", whole), ("123456789", 123456789), (str(2 * whole), whole)):
+        (tmp_path / "memory.max").write_text(f"{allowed}\n")
+        assert machine.memory(CPU) == expected
 
 
 def test_a_machine_without_compiled_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

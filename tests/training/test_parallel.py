@@ -103,6 +103,7 @@ def test_two_ranks_are_the_same_training_as_one_and_equal_each_other_bit_for_bit
 
 def test_a_rank_without_a_micro_batch_takes_part(alone: Path, tmp_path: Path) -> None:
     assert_near(finished(tmp_path, 2, micro=8), alone)
+    assert all(torch.equal(tensor, state(tmp_path, 1)[name]) for name, tensor in state(tmp_path).items())
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(tmp_path: Path) -> None:
@@ -118,6 +119,11 @@ def test_ranks_whose_batches_differ_end_before_they_take_that_step(tmp_path: Pat
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
 
 
+def says_so_or_was_ended(stderr: str) -> bool:
+    """Rank 0 has lost the other; on a busy machine torchrun, which sees it too, may end it before it has said so."""
+    return "rank 0 has lost another one" in stderr or "exitcode  : -15" in stderr
+
+
 def test_a_killed_rank_ends_all_within_half_a_minute_by_name_and_a_restart_goes_on_bit_for_bit(
     together: Path, tmp_path: Path
 ) -> None:
@@ -125,7 +131,7 @@ def test_a_killed_rank_ends_all_within_half_a_minute_by_name_and_a_restart_goes_
     assert done.returncode != 0
     assert seconds < 30
     assert "rank      : 1" in done.stderr and "SIGKILL" in done.stderr  # torchrun's report
-    assert "rank 0 has lost another one" in done.stderr
+    assert says_so_or_was_ended(done.stderr)
     done, _ = trained(tmp_path, 2, fate="killed")
     assert done.returncode == 0, done.stderr
     assert "resuming after step 3" in done.stderr
@@ -189,8 +195,9 @@ def test_a_pause_of_all_ranks_is_no_silence_of_one(together: Path, tmp_path: Pat
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_another_number_of_ranks_may_go_on(
     alone: Path, tmp_path: Path
 ) -> None:
-    done, _ = trained(tmp_path, 2, fate="stopped")
+    done, _ = trained(tmp_path, 2, fate="stopped", snapshot_seconds=1e9)
     assert done.returncode != 0
+    assert all(f"rank {rank} says: toy: stopped after step 4 of 8, saved" in done.stderr for rank in (0, 1))
     assert len(metrics(tmp_path)) == 4
     done, _ = trained(tmp_path, 1, fate="stopped")
     assert done.returncode == 0, done.stderr
@@ -262,7 +269,7 @@ def test_killed_while_sharded_all_end_by_name_and_a_restart_goes_on_bit_for_bit(
     assert done.returncode != 0
     assert seconds < 30
     assert "rank      : 1" in done.stderr and "SIGKILL" in done.stderr
-    assert "rank 0 has lost another one" in done.stderr
+    assert says_so_or_was_ended(done.stderr)
     assert "resuming after step 3" in said(tmp_path, 2, **asked)
     assert metrics(tmp_path) == metrics(sharded)
     assert all(torch.equal(tensor, state(sharded)[name]) for name, tensor in state(tmp_path).items())

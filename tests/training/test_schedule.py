@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmask.training.schedule import lr_scale, stable_steps
+from unmask.training.schedule import lr_scale, stable_phase
 
 amounts = st.floats(0, 1000)
 
@@ -31,25 +31,22 @@ def test_before_the_decay_the_length_of_the_training_does_not_matter(done: float
 
 @settings(deadline=None)
 @given(steps=st.integers(1, 60), tokens=st.integers(1, 50), warmup=st.floats(0, 1), decay=st.floats(0, 1))
-def test_steps_are_stable_while_the_decay_changes_no_rate(
+def test_in_the_stable_phase_neither_warm_up_nor_decay_change_a_rate(
     steps: int, tokens: int, warmup: float, decay: float
 ) -> None:
+    """Of the steps from its beginning to its end each has rate 1."""
     total = steps * tokens
-    stable = stable_steps(steps, tokens, warmup * total, decay * total)
-
-    def rates(decay_tokens: float) -> list[float]:
-        return [lr_scale((step + 0.5) * tokens, total, warmup * total, decay_tokens) for step in range(steps)]
-
-    assert rates(decay * total)[:stable] == rates(0)[:stable]
-    assert stable == 0 or stable * tokens >= warmup * total
+    stable = stable_phase(steps, tokens, warmup * total, decay * total)
+    for step in list(stable)[:-1]:
+        assert lr_scale((step + 0.5) * tokens, total, warmup * total, decay * total) == 1
 
 
-def test_the_last_stable_step_is_the_one_before_the_decay() -> None:
-    assert stable_steps(10, 100, 200, 500) == 5
-    assert stable_steps(10, 100, 200, 450) == 5  # the sixth step's middle is where the decay begins
-    assert stable_steps(10, 100, 200, 400) == 6
-    assert stable_steps(10, 100, 0, 0) == 10
-    assert stable_steps(10, 100, 501, 500) == 0  # still warming up
+def test_the_stable_phase_is_from_the_end_of_the_warm_up_to_the_step_before_the_decay() -> None:
+    assert stable_phase(10, 100, 200, 500) == range(2, 6)
+    assert stable_phase(10, 100, 201, 450) == range(3, 6)  # the sixth step's middle is where the decay begins
+    assert stable_phase(10, 100, 200, 400) == range(2, 7)
+    assert stable_phase(10, 100, 0, 0) == range(1, 11)  # never after 0 steps: nothing was trained yet
+    assert not stable_phase(10, 100, 501, 500)  # still warming up
 
 
 def test_without_warm_up_and_decay_it_is_constant() -> None:

@@ -19,13 +19,15 @@ from unmask.model.decoder import Trunk
 from unmask.pipeline import jobs
 from unmask.pipeline.jobs import Job, Place
 from unmask.progress import Progress
-from unmask.recipe import Recipe, difference
+from unmask.recipe import Recipe, difference, given
+from unmask.stages import pretrain
 from unmask.stages.prepare import SCHEME, Prepared, prepare
 from unmask.text.sources import content_hash
 from unmask.training import loop, machine, snapshot
 from unmask.training.cost import training_flops
 from unmask.training.parallel import ALONE, Ranks
-from unmask.training.resume import STABLE
+from unmask.training.resume import SNAPSHOTS, STABLE, refuse_outside
+from unmask.training.schedule import stable_phase
 from unmask.training.shard import unsharded
 
 ORDER = ("base", "sft", "reward", "gold", "rl")  # gold: the second scorer, which no layer is trained on
@@ -37,6 +39,8 @@ DECIDES_NOTHING = ("snapshot_seconds", "recompute", "shard")  # when is saved, a
 # By kind, on a GPU. Not PPO: its ratios are to start at 1 and its divergence from SFT at 0, so that what learns has to
 # read with the very kernels of what was frozen or is not learning yet; and most of its time goes into answers.
 COMPILED = ("pretrain", "sft", "reward")
+# Of a base, what another that branches from its stable phase may have otherwise.
+AFTER_STABLE = ("tokens", "warmup", "decay", "lr_floor", "branch")
 SHARED = ("seed", "depth", "context", "heldout", "tokenizer", "facts")
 
 
@@ -150,11 +154,11 @@ class Builder:
             path.rename(target)
         self.progress.line(f"set aside in {aside / str(number)}: {', '.join(str(path) for path in found)}")
 
-    def begin(self, name: str) -> None:
+    def begin(self, name: str, decided: Mapping[str, Any]) -> None:
         """Write down what decides a stage before its first step, for whoever goes on with it."""
         work = self.directory / "work" / name
         work.mkdir(parents=True, exist_ok=True)
-        write_atomic(work / "recipe.json", json.dumps(self._decides(name)))
+        write_atomic(work / "recipe.json", json.dumps(decided))
 
     def _begun(self, name: str) -> Mapping[str, Any] | None:
         """The recipe that a stage was finished or begun with."""
@@ -166,16 +170,17 @@ class Builder:
                 )
             return record.recipe
         work = self.directory / "work" / name / "recipe.json"
-        if work.exists():
-            try:
-                begun: dict[str, Any] = json.loads(work.read_bytes())
-            except ValueError:
-                raise UserError(
-                    f"{work} is damaged, so what this stage was begun with is not known. Build it anew with "
-                    f"--from {_stage_of(name)} (nothing is deleted)."
-                ) from None
-            return begun
-        return None
+        if not work.exists() or not self._has_snapshot(name):  # it would begin with its first step again
+            return None
+        try:
+            return _read(work)
+        except UserError as error:
+            raise UserError(
+                f"{error} Build it anew with --from {_stage_of(name)} (nothing is deleted)."
+            ) from None
+
+    def _has_snapshot(self, name: str) -> bool:
+        return any((self.directory / "work" / name / SNAPSHOTS).glob("step_*"))
 
     def _decides(self, name: str) -> dict[str, Any]:
         """The part of the recipe that decides this stage, beyond its parents."""
@@ -186,24 +191,56 @@ class Builder:
         given = [section["source"]] if "source" in section else section["sources"]
         held = {each["path"]: self._content(each["path"]) for each in given if each["path"] != "facts"}
         if other := section.get("branch"):
-            if Path(other).resolve() == self.directory.resolve():
-                raise UserError(
-                    f"pretrain.branch is {other}, this run itself. Give --output another directory, or begin anew with "
-                    "--from base and leave it out."
-                )
-            stable = jobs.base_work(Path(other)) / STABLE
-            if (stamp := snapshot.stamp(stable)) is None:
-                raise UserError(
-                    f"pretrain.branch is {other}, and {stable} holds no snapshot: there is no such run, or its base "
-                    "has no stable phase (a warm-up that ends, then a decay), or not yet, or it was deleted."
-                )
-            held[other] = stamp
+            held[other] = self._branched_from(other)
         return {
             **{key: plain[key] for key in SHARED},
             SECTIONS[name]: section,
             "sources": held,
             "scheme": SCHEME,
         }
+
+    # What a base goes on from ------------------------------------------------------------------------------------
+
+    def _branched_from(self, other: str) -> str:
+        """A hash of the state that the base goes on, or went on, from. Once it has gone on it does not need it."""
+        begun = None if "base" in self.later else self._begun("base")
+        if begun is not None and begun["pretrain"].get("branch") == other:
+            return str(begun["sources"][other])
+        return self._trunk(other)[1]
+
+    def _trunk(self, other: str) -> tuple[int, str]:
+        """The step that another run's stable phase ended with, and a hash of the state there."""
+        if Path(other).resolve() == self.directory.resolve():
+            raise UserError(
+                f"pretrain.branch is {other}, this run itself. Give --output another directory, or leave it out."
+            )
+        stable = jobs.base_work(Path(other)) / STABLE
+        if (found := snapshot.stamp(stable)) is None:
+            raise UserError(
+                f"pretrain.branch is {other}, and {stable} holds no snapshot: there is no such run, or its base "
+                "has no stable phase (a warm-up that ends before the decay begins), or not yet, or it was deleted."
+            )
+        return found
+
+    def refuse_another_trunk(self) -> None:
+        """Raises UserError where the base that is to be branched from is another one before its decay, naming a key."""
+        recipe, section = self.recipe, self.recipe.pretrain
+        goes_on = "base" not in self.later and self._has_snapshot("base")
+        if section.branch is None or "base" not in self.missing() or goes_on:
+            return
+        step, _ = self._trunk(section.branch)
+        work = jobs.base_work(Path(section.branch))
+        then, now = (_before_decay(each) for each in (_read(work / "recipe.json"), self._decides("base")))
+        if key := difference(then, now):
+            raise UserError(
+                f"the base of {section.branch} is another one before its decay: {key}. To branch from it, write the "
+                "old value into the recipe."
+            )
+        steps, rows = pretrain.whole(given(section.tokens), given(section.batch_tokens), recipe.context)
+        each = rows * recipe.context
+        whole = steps * each
+        stable = stable_phase(steps, each, section.warmup * whole, section.decay * whole)
+        refuse_outside(step, stable, Path(section.branch))
 
     def _content(self, source: str) -> str:
         """What a source holds, read once a run: a corpus may be large."""
@@ -225,7 +262,7 @@ class Builder:
         path, work = self.directory / name, self.directory / "work" / name
         if path.exists():
             # What a process left that died right after it had saved.
-            shutil.rmtree(work / "snapshots", ignore_errors=True)
+            shutil.rmtree(work / SNAPSHOTS, ignore_errors=True)
             return self._kept(path, parent, inputs or {}, prepared)
         started = time.monotonic()
         stage = job()
@@ -235,8 +272,9 @@ class Builder:
             trunk.compiled = kind in COMPILED and compiles(self.device)
         setup = time.monotonic() - started
         rate = machine.matmul_rate(machine.compute_dtype(self.device), device=self.device)
+        decided = self._decides(name)
         if self.ranks.leader:
-            self.begin(name)
+            self.begin(name, decided)
         outcome = loop.train(
             stage.model,
             stage.objective,
@@ -264,7 +302,7 @@ class Builder:
                     parent=parent,
                     inputs=inputs,
                     data=stage.data,
-                    recipe=self._decides(name),
+                    recipe=decided,
                     seed=self.recipe.seed,
                     steps=outcome.steps,
                     tokens=outcome.tokens,
@@ -280,7 +318,7 @@ class Builder:
                     },
                 )
                 # The checkpoint holds what they were for. (A branch that has no step of its own has none.)
-                shutil.rmtree(work / "snapshots", ignore_errors=True)
+                shutil.rmtree(work / SNAPSHOTS, ignore_errors=True)
         return Checkpoint.open(path)
 
     def _flops(self, stage: Job, outcome: loop.Outcome, work: Path) -> float:
@@ -319,6 +357,25 @@ class Builder:
             f"{path.name:<7}{record.kind:<9}kept, {record.tokens:,} tokens in {record.seconds:.0f} s"
         )
         return checkpoint
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a stage was begun with."""
+    try:
+        begun: dict[str, Any] = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}.") from error
+    except ValueError:
+        raise UserError(f"{path} is damaged, so what this stage was begun with is not known.") from None
+    return begun
+
+
+def _before_decay(decided: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a base up to the end of its stable phase, of all that decides it."""
+    whole = _with_defaults(decided)
+    section = {key: value for key, value in whole["pretrain"].items() if key not in AFTER_STABLE}
+    sources = {path: held for path, held in whole["sources"].items() if path != whole["pretrain"]["branch"]}
+    return {**whole, "pretrain": section, "sources": sources}
 
 
 def _with_defaults(decided: Mapping[str, Any]) -> dict[str, Any]:

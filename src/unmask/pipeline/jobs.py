@@ -192,11 +192,15 @@ def preference(place: Place, parent: Checkpoint, half: examples.Half) -> Job:
 
     def finish(model: Scorer, outcome: Outcome) -> tuple[Scorer, dict[str, Any]]:
         texts = [text for ranking in rankings for text in ranking.texts]
-        answers = _answers(place, parent, [chat for ranking in found for chat in ranking.chats])
+        asked = [chat[:-1] for ranking in found for chat in ranking.chats if len(chat) > 1]
+        answers = _answers(place, parent, asked)
         if not answers:
-            place.progress.line(
-                f"{half:<7}no answer of {parent.name} stops by itself: the score's zero is the mean of people's texts"
+            why = (
+                f"no answer of {parent.name} stops by itself"
+                if asked
+                else "nothing is asked before the texts"
             )
+            place.progress.line(f"{half:<7}{why}: the score's zero is the mean of people's texts")
         reward.centre(model, answers or texts[:CENTRED_ON])
         counted = {
             "texts": len(texts),
@@ -218,13 +222,13 @@ def preference(place: Place, parent: Checkpoint, half: examples.Half) -> Job:
     )
 
 
-def _answers(place: Place, parent: Checkpoint, chats: Sequence[Chat]) -> list[list[int]]:
-    """Conversations in which the parent gives the last answer in a person's place, if it stops by itself."""
+def _answers(place: Place, parent: Checkpoint, asked: Sequence[Chat]) -> list[list[int]]:
+    """Some of these conversations with the parent's answer, if it stops by itself."""
     recipe, tokenizer = place.recipe, place.prepared.tokenizer
     answer_tokens = recipe.context // 4
-    drawn = random.Random(f"centre:{recipe.seed}").sample(chats, min(CENTRED_ON, len(chats)))
+    drawn = random.Random(f"centre:{recipe.seed}").sample(asked, min(CENTRED_ON, len(asked)))
     prompts, _ = rollouts.fitting(
-        [render(tokenizer, chat[:-1], open_turn=True).ids for chat in drawn], recipe.context - answer_tokens
+        [render(tokenizer, chat, open_turn=True).ids for chat in drawn], recipe.context - answer_tokens
     )
     said = rollouts.answered(
         place.decoder(parent),

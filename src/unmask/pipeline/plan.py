@@ -13,7 +13,7 @@ from unmask.model.decoder import Decoder
 from unmask.model.loss import cross_entropy_sum
 from unmask.pipeline.build import Builder
 from unmask.pipeline.estimate import estimate, shape
-from unmask.pipeline.jobs import optimizer_settings, ppo_settings
+from unmask.pipeline.jobs import optimizer_settings, ppo_settings, prompt_room
 from unmask.pipeline.measure import KL_PROMPTS
 from unmask.recipe import Recipe, RlSection, Training, given
 from unmask.training import machine
@@ -99,7 +99,7 @@ def whole_plan(recipe: Recipe, device: torch.device, processes: int = 1) -> Plan
     rl, rules = recipe.rl, ppo_settings(recipe.rl)
     # Prompts and answers fill half of their room. A rollout is read once by policy, reference, critic and both judges
     # without gradients (a forward pass is a third of a training pass), then learned from by two networks in each epoch.
-    read = rules.rollouts * rl.answers * (rl.prompt_tokens + rl.answer_tokens) / 2
+    read = rules.rollouts * rl.answers * (prompt_room(recipe) + rl.answer_tokens) / 2
     # Networks that learn, of which one waits while the critic warms up.
     learning = 2 - rules.critic_rollouts / rules.rollouts
     rewarded = given(recipe.reward.tokens) * a_token(recipe.reward)

@@ -51,6 +51,8 @@ def _run(
         )
     check.check_extras()
     directory = Path("runs") / recipe.name if output is None else output
+    if (directory / "unmask.json").exists():
+        raise UserError(f"{directory} is a checkpoint, not a run's directory. Give --output another one.")
     machine.keep_large_blocks()
     with lock(directory) if ranks.leader else nullcontext():
         builder = Builder(recipe, directory, machine.pick_device(device), progress, restart_from, ranks)
@@ -86,6 +88,7 @@ def _begin(builder: Builder) -> Prepared:
     for place in (directory, directory / "data"):
         sweep_temporaries(place)
     builder.refuse_another_recipe()
+    builder.refuse_another_trunk()
     builder.progress.line(show.opening(recipe, builder.device, plan(builder)))
     prepared = builder.prepare()
     if builder.missing():

@@ -104,7 +104,7 @@ class PretrainSection(Training):
 
     sources: tuple[Source, ...] = Field(min_length=1)
     cross_documents: bool = Field(default=True, strict=True)
-    branch: str | None = None
+    branch: str | None = Field(default=None, min_length=1)
 
 
 class SftSection(Training):

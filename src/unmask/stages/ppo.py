@@ -255,9 +255,7 @@ class PPO:
             log_probs_BA[rows] = blank.masked_scatter(mask, log_probs(self.model.policy, acts))
             reference_BA[rows] = blank.masked_scatter(mask, log_probs(self.reference, acts))
             values_BA[rows] = blank.masked_scatter(mask, self._values(acts))
-        self.ranks.add(
-            [log_probs_BA, reference_BA, values_BA]
-        )  # each row is some rank's, and 0 on the others
+        self.ranks.add([log_probs_BA, reference_BA, values_BA])  # a row is one rank's, and 0 on the others
 
         found = experience(
             rollout,
@@ -298,9 +296,10 @@ class PPO:
         for minibatch in np.array_split(shuffled, self.settings.minibatches):
             rows = [int(row) for row in minibatch]
             lengths = [len(rollout.prompts[row]) + len(rollout.answers[row].ids) for row in rows]
-            parts.append(
-                [[rows[i] for i in group] for group in by_length(lengths, self.settings.micro_tokens)]
-            )
+            most = self.settings.micro_tokens
+            if self.ranks.size > 1:  # a group for each, if there are so many rows
+                most = min(most, -(-sum(lengths) // self.ranks.size))
+            parts.append([[rows[i] for i in group] for group in by_length(lengths, most)])
         return parts
 
     def _values(self, acts: Actions) -> Tensor:

@@ -122,6 +122,12 @@ def give_meaning(model: Decoder, unseen: Sequence[int], like: int) -> None:
         table[list(unseen)] = table[like].clone()
 
 
+def whole(tokens: int, batch_tokens: int, length: int) -> tuple[int, int]:
+    """Whole steps, and the whole rows of each, in so many tokens."""
+    rows = batch_tokens // length
+    return tokens // (rows * length), rows
+
+
 def stage(
     config: ModelConfig,
     sources: Sequence[Source],
@@ -150,12 +156,12 @@ def stage(
     model = Decoder(config)
     model.init_weights(torch.Generator().manual_seed(seed))
     model.to(device)
-    batch_rows = batch_tokens // length
+    steps, batch_rows = whole(tokens, batch_tokens, length)
     objective = Pretraining(
         model,
         sources,
         length=length,
-        steps=tokens // (batch_rows * length),
+        steps=steps,
         batch_rows=batch_rows,
         micro_rows=max(1, micro_tokens // length),
         end_of_text=end_of_text,

@@ -197,16 +197,21 @@ def to_messages(row: Mapping[str, Any], where: str) -> list[Message]:
         messages = messages_of(row["prompt"], where, "prompt", "user")
         messages += messages_of(row["completion"], where, "completion", "assistant")
     elif "instruction" in row and "output" in row:
-        asked = _message("user", row["instruction"], f"{where}: instruction")
-        if row.get("input"):
-            asked["content"] += "\n\n" + _message("user", row["input"], f"{where}: input")["content"]
-        system = [_message("system", row["system"], f"{where}: system")] if row.get("system") else []
-        messages = [*system, asked, _message("assistant", row["output"], f"{where}: output")]
+        messages = [*instruction_of(row, where), _message("assistant", row["output"], f"{where}: output")]
     else:
         raise UserError(f"{where}: no conversation among {sorted(row)}. Known formats: {_FORMATS}.")
     if not any(message["role"] == "assistant" and message["content"] for message in messages):
         raise UserError(f"{where}: no assistant says anything, so there is nothing to learn. Remove the row.")
     return messages
+
+
+def instruction_of(row: Mapping[str, Any], where: str) -> list[Message]:
+    """What is asked in Alpaca's `instruction`, `input` and `system`, of which the last two may be missing."""
+    asked = _message("user", row["instruction"], f"{where}: instruction")
+    if row.get("input"):
+        asked["content"] += "\n\n" + _message("user", row["input"], f"{where}: input")["content"]
+    system = [_message("system", row["system"], f"{where}: system")] if row.get("system") else []
+    return [*system, asked]
 
 
 def messages_of(value: Any, where: str, key: str, role: str | None = None) -> list[Message]:

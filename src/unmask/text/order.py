@@ -40,11 +40,6 @@ def row_at(k: int, n: int, seed: int) -> int:
     return int(_kept[seed, n][1][place])
 
 
-def indices(step: int, batch: int, n: int, seed: int) -> NDArray[np.int64]:
-    """The `batch` rows, of n, of a step (step = 0, 1, …). A batch may reach over the end of an epoch."""
-    return np.array([row_at(k, n, seed) for k in range(step * batch, (step + 1) * batch)], dtype=np.int64)
-
-
 def mixture(step: int, batch: int, shares: Sequence[float]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Which source each slot of a step's batch draws from, and the how-many-th draw from that source it is.
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from unmask.errors import UserError
 from unmask.text import order
-from unmask.text.chat import Message, messages_of
+from unmask.text.chat import Message, instruction_of, messages_of
 from unmask.text.sources import Dropped, read_rows
 
 _POOL = 50  # batches whose rows are sorted together
@@ -46,11 +46,15 @@ def read_pairs(spec: str, dropped: Dropped | None = None) -> Iterator[Pair]:
 
 def to_pair(row: Mapping[str, Any], where: str) -> Pair:
     """The pair that a row holds, in TRL's formats: `chosen` and `rejected`, texts or messages, after a
-    common `prompt` (text or messages) or each with its own in it. Texts as in Anthropic's HH ("\\n\\nHuman:
-    …\\n\\nAssistant: …") are taken apart into turns."""
+    common `prompt` (text or messages) or Alpaca's `instruction` and `input`, or each with its own in it. Texts as in
+    Anthropic's HH ("\\n\\nHuman: …\\n\\nAssistant: …") are taken apart into turns."""
     if "chosen" not in row or "rejected" not in row:
         raise UserError(f"{where}: a preference needs chosen and rejected; the row has {sorted(row)}.")
-    prompt = messages_of(row["prompt"], where, "prompt", "user") if "prompt" in row else []
+    prompt = []
+    if "prompt" in row:
+        prompt = messages_of(row["prompt"], where, "prompt", "user")
+    elif "instruction" in row:
+        prompt = instruction_of(row, where)
     sides = []
     for key in ("chosen", "rejected"):
         value = row[key]

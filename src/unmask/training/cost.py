@@ -19,8 +19,8 @@ def matrix_weights(config: ModelConfig) -> int:
 
 def flops_per_token(config: ModelConfig, length: int) -> int:
     """Of training, forward and backward: 6 for each weight that a token is multiplied with (head in, embedding out),
-    plus 6·L·d·T of causal attention with T = `length`: the usual convention (Chowdhery et al., arXiv 2204.02311,
-    appendix B), too much where rows are shorter."""
+    plus 6·L·d·T of attention with T = `length`, half of what Chowdhery et al. (arXiv 2204.02311, appendix B) count:
+    what a causal model does not look at is left out. Too much where rows are shorter."""
     head = (1 if config.is_scorer else config.vocab_size) * config.hidden_size
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
     return 6 * (matrix_weights(config) + head + attention)

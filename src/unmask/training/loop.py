@@ -18,8 +18,8 @@ from unmask.progress import Progress
 from unmask.training.machine import keep_large_blocks, peak_memory, reset_peak_memory
 from unmask.training.optimizer import Optimizer
 from unmask.training.parallel import ALONE, Ranks
-from unmask.training.resume import STABLE, Place, State
-from unmask.training.schedule import lr_scale, stable_steps
+from unmask.training.resume import SNAPSHOTS, STABLE, Place, State
+from unmask.training.schedule import lr_scale, stable_phase
 from unmask.training.signals import stop_on_signal
 
 SNAPSHOT_SECONDS = 120.0
@@ -127,14 +127,17 @@ def train(
     keep_large_blocks()
     device = next(iter(optimizer.masters.values())).device
     total_tokens = objective.steps * objective.tokens_per_step
-    before_decay = stable_steps(
+    stable = stable_phase(
         objective.steps, objective.tokens_per_step, settings.warmup_tokens, settings.decay_tokens
     )
+    last_stable = stable[-1] if stable and settings.keep_stable else None
 
     with lock(directory) if ranks.leader else nullcontext(), stop_on_signal() as stop, ranks.together():
-        place = Place(directory, optimizer, _rules(objective, optimizer, settings))
+        place = Place(directory, optimizer, _rules(objective, optimizer, settings), ranks)
         with ranks.leader_first():
-            state = place.enter(settings.seed, ranks, progress.line, settings.branch, before_decay)
+            state = place.enter(settings.seed, progress.line, settings.branch, stable)
+        if state.step == last_stable:  # where a branch may begin
+            _save(place, state, optimizer, ranks, STABLE)
         began, saved, saving = time.monotonic() - state.seconds, time.monotonic(), 0.0
         reset_peak_memory(device)
         model.train()
@@ -160,9 +163,9 @@ def train(
                 if state.skipped_in_a_row == _HOPELESS:
                     raise UserError(_why_hopeless(title, state, result))
 
-                if settings.keep_stable and state.step == before_decay < objective.steps:
+                if state.step == last_stable:
                     _save(place, state, optimizer, ranks, STABLE)
-                if state.step % objective.pause_every and state.step < objective.steps:
+                if state.step % objective.pause_every:
                     continue
                 wait = settings.snapshot_seconds
                 if wait is None:
@@ -224,13 +227,13 @@ def train_step(
     return result
 
 
-def _save(place: Place, state: State, optimizer: Optimizer, ranks: Ranks, *where: str) -> None:
+def _save(place: Place, state: State, optimizer: Optimizer, ranks: Ranks, where: str = SNAPSHOTS) -> None:
     if optimizer.sharded and not ranks.leader:
-        place.save(state, *where)
+        place.save(state, where)
     # The others wait as long as it takes: in the next sum they would not.
     with ranks.leader_first():
         if ranks.leader:
-            place.save(state, *where)
+            place.save(state, where)
 
 
 def _rules(objective: Objective, optimizer: Optimizer, settings: Settings) -> dict[str, Any]:

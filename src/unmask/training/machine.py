@@ -101,13 +101,15 @@ def keep_large_blocks() -> None:
             return
 
 
+_MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")  # of the container that we may be in
+
+
 def memory(device: torch.device) -> int:
     """Bytes that there are for this process: of the device, or of this machine and what its cgroup allows."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    allowed = limit.read_text().strip() if limit.exists() else "max"
+    allowed = _MEMORY_MAX.read_text().strip() if _MEMORY_MAX.exists() else "max"
     return min(whole, int(allowed)) if allowed.isdigit() else whole
 
 

@@ -44,31 +44,30 @@ class Place:
     identity: a snapshot of another one is refused, and the difference named.
     """
 
-    def __init__(self, directory: Path, optimizer: Optimizer, rules: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, optimizer: Optimizer, rules: Mapping[str, Any], ranks: Ranks) -> None:
         self.metrics = directory / "metrics.jsonl"
         self._directory = directory
-        self._optimizer = optimizer
+        self._optimizer, self._ranks = optimizer, ranks
         self._identity = {**rules, "initial weights": _hash_weights(optimizer)}
 
     def enter(
         self,
         seed: int,
-        ranks: Ranks,
         say: Callable[[str], None],
         branch: Path | None = None,
-        before_decay: int = 0,
+        stable: range = range(0),
     ) -> State:
         """Set optimizer, random generators and metrics to where the newest snapshot left them; if there is none, to the
-        end of the stable phase of the training in `branch`, no later than `before_decay` steps; or to zero."""
-        self._ranks = ranks
+        end of the stable phase of the training in `branch`, which has to lie within that of this one, `stable`; or to
+        zero."""
         for where in (SNAPSHOTS, STABLE):
             sweep_temporaries(self._directory / where)
         found = snapshot.latest(self._directory / SNAPSHOTS, say)
-        if found is None and branch is not None:
-            found = self._branch(branch, before_decay, say)
-        elif found is not None:
+        if found is not None:
             self._refuse_another(found.meta["identity"])
-        if found is None:
+        elif branch is not None:
+            found = self._branch(branch, stable, say)
+        else:
             self.metrics.unlink(missing_ok=True)
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002 — the generator that libraries draw from
@@ -79,8 +78,8 @@ class Place:
         snapshot.restore_random_states(found.meta["random"], say)
         self._cut_metrics(found.meta["metrics_bytes"], say)
         say(f"{'branching' if found.path.parent.name == STABLE else 'resuming'} after step {state.step}")
-        then = _hands(found.meta.get("ranks", 1), found.sharded)
-        now = _hands(ranks.size, self._optimizer.sharded)
+        then = _processes(found.meta.get("ranks", 1), found.sharded)
+        now = _processes(self._ranks.size, self._optimizer.sharded)
         if then != now:
             say(
                 f"it was saved by {then}; it goes on with {now}: from here on the same up to the rounding of sums"
@@ -102,21 +101,19 @@ class Place:
         }
         snapshot.save(self._directory / where, state.step, self._optimizer.tensors(), meta, self._ranks)
 
-    def _branch(self, other: Path, before_decay: int, say: Callable[[str], None]) -> snapshot.Snapshot:
+    def _branch(self, other: Path, stable: range, say: Callable[[str], None]) -> snapshot.Snapshot:
         """The end of another training's stable phase, and the metrics up to there."""
         found = snapshot.latest(other / STABLE, say)
         if found is None:
-            raise UserError(f"{other} holds no snapshot of a stable phase: there is nothing to branch from.")
+            raise UserError(
+                f"{other} holds no whole snapshot of a stable phase: there is nothing to branch from."
+            )
         if changes := self._changes(found.meta["identity"], AFTER_STABLE):
             raise UserError(
                 f"the training in {other} is another one before its decay: {'; '.join(changes)}. To branch from it, "
                 "write the old values into the recipe."
             )
-        if found.step > before_decay:
-            raise UserError(
-                f"the training in {other} was stable for {found.step} steps; this one, by its `tokens`, `warmup` and "
-                f"`decay`, is so for {before_decay}. Give it more tokens, or a shorter warm-up and decay."
-            )
+        refuse_outside(found.step, stable, other)
         if self._ranks.leader:
             self.metrics.unlink(missing_ok=True)
             if (other / self.metrics.name).exists():
@@ -148,7 +145,23 @@ class Place:
             file.truncate(size)
 
 
-def _hands(ranks: int, sharded: bool) -> str:
+def refuse_outside(step: int, stable: range, other: Path) -> None:
+    """Raises UserError where the stable phase of the training in `other`, whose end `step` is, ends outside `stable`,
+    which is that of the training that would go on from there."""
+    if step in stable:
+        return
+    if not stable:
+        phase, remedy = "never is", "a shorter `warmup` and `decay`"
+    else:
+        phase = f"is from step {stable[0]} to {stable[-1]}"
+        remedy = "a shorter `warmup`" if step < stable[0] else "more `tokens` or a shorter `decay`"
+    raise UserError(
+        f"the training in {other} was stable up to step {step}, and this one {phase}: the rate that it wants there is "
+        f"another. Give it {remedy}."
+    )
+
+
+def _processes(ranks: int, sharded: bool) -> str:
     return f"{ranks} process{'es' if ranks > 1 else ''}{', sharded' if sharded else ''}"
 
 

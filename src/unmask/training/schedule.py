@@ -18,11 +18,11 @@ def lr_scale(
     return min(1.0, rising, floor + (1.0 - floor) * left)
 
 
-def stable_steps(steps: int, tokens_per_step: int, warmup_tokens: float, decay_tokens: float) -> int:
-    """After how many steps the decay begins; 0 where the warm-up has not ended by then.
+def stable_phase(steps: int, tokens_per_step: int, warmup_tokens: float, decay_tokens: float) -> range:
+    """After how many steps a training stands in its stable phase: the warm-up is over, the decay has not begun.
 
-    Up to there a training is the same whatever its length, and can be branched: into another decay, or into none.
+    There the rate does not depend on the training's length: it can be branched, into another decay or into none.
     """
+    warm = max(1, math.ceil(warmup_tokens / tokens_per_step))
     # The rate is that of a step's middle; a step at the very edge may round to either side, so it is not counted.
-    before = min(steps, math.floor(steps - decay_tokens / tokens_per_step + 0.5 - 1e-6))
-    return before if before * tokens_per_step >= warmup_tokens else 0
+    return range(warm, math.floor(steps - decay_tokens / tokens_per_step + 0.5 - 1e-6) + 1)

@@ -14,6 +14,7 @@ import random
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unmask.errors import UserError
-from unmask.files import atomic_directory, canonical_json, explained, sha256_file
+from unmask.files import atomic_directory, canonical_json, explained, hash_json, sha256_file
 from unmask.training.parallel import Ranks
 from unmask.training.shard import sharded, split_like
 
@@ -66,7 +67,8 @@ def save(
     system refuses the write (disk full, no permission).
     """
     path = directory / f"step_{step:08d}"
-    shutil.rmtree(path, ignore_errors=True)  # there only if it was damaged: else we had resumed from it
+    # There only if it was damaged, or else we had resumed from it; or if it is that of a stable phase, reached anew.
+    shutil.rmtree(path, ignore_errors=True)
     with atomic_directory(path) as temporary:
         if any(map(sharded, tensors.values())):
             _save_shards(tensors, Path(ranks.told(str(temporary / _SHARDS))))
@@ -93,15 +95,20 @@ def latest(directory: Path, say: Callable[[str], None]) -> Snapshot | None:
         damage = _damage(path)
         if damage is None:
             meta = json.loads((path / _META).read_text("utf-8"))
-            return Snapshot(int(path.name.removeprefix("step_")), path, meta)
-        say(f"snapshot {path} is damaged ({damage}); going back to the one before it")
+            return Snapshot(_step(path), path, meta)
+        say(f"snapshot {path} is damaged ({damage}) and passed over")
     return None
 
 
-def stamp(directory: Path) -> str | None:
-    """A hash of the newest snapshot's manifest, which has those of all its files."""
-    manifests = [path / _MANIFEST for path in _all(directory) if (path / _MANIFEST).is_file()]
-    return sha256_file(manifests[0]) if manifests else None
+def stamp(directory: Path) -> tuple[int, str] | None:
+    """The newest snapshot's step, and a hash of what its manifest says of weights and optimizer; None if there is none
+    with a manifest that can be read. The files themselves are not looked at."""
+    for path in _all(directory):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            files = json.loads((path / _MANIFEST).read_text("utf-8"))["files"]
+            state = {name: fingerprint for name, fingerprint in files.items() if name != _META}
+            return _step(path), hash_json(state)
+    return None
 
 
 def random_states() -> dict[str, Any]:
@@ -136,6 +143,10 @@ def restore_random_states(states: Mapping[str, Any], say: Callable[[str], None])
 def _all(directory: Path) -> list[Path]:
     """The snapshots of a directory, newest first, damaged ones included."""
     return sorted(directory.glob("step_*"), reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def _damage(path: Path) -> str | None:
