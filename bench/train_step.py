@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--nanogpt-dir", type=Path, help="a clone of karpathy/nanoGPT")
     parser.add_argument("--nanochat-dir", type=Path, help="a clone of karpathy/nanochat")
     parser.add_argument("--only", choices=["nanogpt", "nanochat"], help="of all, for its memory")
+    parser.add_argument("--plain-malloc", action="store_true", help="leave glibc as it is, as the others do")
     parser.add_argument("--eager", action="store_true", help="do not compile the others")
     options = parser.parse_args()
     dtype = dtype_here()
@@ -85,7 +86,8 @@ def main() -> None:
         peer = make_peer(clone, config(options.shape), compile=not options.eager)
         return lambda: peer.step(inputs, targets)
 
-    machine.keep_large_blocks()
+    if not options.plain_malloc:
+        machine.keep_large_blocks()
     steps = {} if options.only else {"unmask": ours()}
     for name, maker in (("nanogpt", peers.nanogpt), ("nanochat", peers.nanochat)):
         clone = getattr(options, f"{name}_dir")
