@@ -108,7 +108,7 @@ def ids(shape: str, length: int, seed: int) -> list[int]:
 def imitation(shape: str, dtype: torch.dtype) -> tuple[Objective, Optimizer]:
     trained = [False] * PROMPT + [True] * ANSWER
     examples = [Rendered(ids(shape, PROMPT + ANSWER, seed), trained) for seed in range(ROWS * STEPS)]
-    length = SHAPES[shape][3] // (PROMPT + ANSWER) * (PROMPT + ANSWER)  # rows that whole conversations fill
+    length = 2 * (PROMPT + ANSWER)  # of a row: whole conversations fill it
     rows = ROWS * (PROMPT + ANSWER)  # tokens of a step
     _, objective, optimizer = sft.stage(
         decoder(shape), [sft.Source("made up", examples, 1.0)], length=length, tokens=rows * STEPS,

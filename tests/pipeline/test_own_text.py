@@ -310,8 +310,12 @@ def test_the_scores_zero_is_the_mean_of_what_sft_answers(
     assert model.config.reward_offset != 0
 
 
-def test_texts_that_nothing_was_asked_before_are_their_own_zero(files: Path, run: Path) -> None:
+def test_texts_that_nothing_was_asked_before_are_their_own_zero(
+    files: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SFT cannot answer in people's place where there is nothing to answer."""
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "line", lambda self, line: said.append(line))
     write(
         files / "bare.jsonl",
         ({"chosen": sentence(i), "rejected": f"{sentence(i + 1)[:-1]}!"} for i in range(120)),
@@ -322,6 +326,7 @@ def test_texts_that_nothing_was_asked_before_are_their_own_zero(files: Path, run
     judge = build(recipe, run).reward
     assert judge.record is not None and judge.record.metrics["centred_on_answers"] == 0
     assert isinstance(judge.model(), Scorer)
+    assert any("nothing is asked before the texts" in line for line in said)
 
 
 @pytest.mark.parametrize(

@@ -233,19 +233,39 @@ def test_a_branch_under_way_needs_its_trunk_no_more_and_keeps_what_it_went_on_fr
         ({"batch_tokens": 4096}, r"pretrain\.batch_tokens was 2048 and is now 4096"),
         ({"tokens": 8_000_000}, "a shorter `warmup`"),
         ({"tokens": 20_000}, "more `tokens` or a shorter `decay`"),
+        ({"branch": "damaged"}, "holds no whole snapshot"),
+        ({"branch": "garbled"}, "is damaged"),
     ],
 )
 def test_a_branch_that_cannot_be_is_refused_by_name_before_anything_is_moved_or_written(
     place: Place, trunk: Path, tmp_path: Path, change: dict[str, Any], named: str
 ) -> None:
     here = tmp_path / "here"
-    (here / "base").mkdir(parents=True)
+    for there in ("base", "work/base/snapshots/step_00000001"):
+        (here / there).mkdir(parents=True)
+    for broken, file in (("damaged", "stable/step_*/tensors.safetensors"), ("garbled", "recipe.json")):
+        shutil.copytree(trunk, tmp_path / broken)
+        [found] = (tmp_path / broken / "work" / "base").glob(file)
+        found.write_text("[]")
+    if change.get("branch") in ("damaged", "garbled"):
+        change = {"branch": str(tmp_path / change["branch"])}
     change = {"branch": str(trunk)} | change
     if change["branch"] == "here":
         change["branch"] = str(here)
     with pytest.raises(UserError, match=named):
         runner.run(with_base(place.recipe, **change), output=here, restart_from="base", progress=QUIET)
-    assert {path.name for path in here.iterdir()} <= {"base", ".lock"}
+    assert {path.name for path in here.iterdir()} <= {"base", "work", ".lock"}
+    assert (here / "work/base/snapshots/step_00000001").exists()
+
+
+def test_a_branch_may_have_another_end_and_no_other_text(place: Place, trunk: Path, tmp_path: Path) -> None:
+    changes = {"tokens": 90_000, "decay": 0.3, "lr_floor": 0.1, "warmup": 0.05}
+    builder = Builder(with_base(place.recipe, branch=str(trunk), **changes), tmp_path / "x", CPU, QUIET)
+    builder.refuse_another_trunk()
+    path = place.recipe.pretrain.sources[0].path
+    builder._contents[path] = "another text"
+    with pytest.raises(UserError, match=rf"sources\.{path} was .* and is now 'another text'"):
+        builder.refuse_another_trunk()
 
 
 def test_a_run_is_not_written_into_a_checkpoint(place: Place, run: Path) -> None:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -445,6 +446,42 @@ def test_what_names_a_stable_state_is_its_tensors_and_not_when_it_was_saved(tmp_
     manifest = tmp_path / "a/stable/step_00000003/manifest.json"
     manifest.write_text("garbled")
     assert snapshot.stamp(tmp_path / "a" / "stable") is None
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_a_training_that_begins_anew_leaves_no_stable_state_of_the_one_before(
+    tmp_path: Path, branches: bool
+) -> None:
+    """One that was killed before its first snapshot may have been another."""
+
+    class Killed(Toy):
+        def tokens(self, batch: tuple[Tensor, Tensor]) -> int:
+            if self.seen[-1] == 4:
+                raise InterruptedError
+            return super().tokens(batch)
+
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "x", Killed(Net()), whole_steps(1, 3, keep_stable=True, snapshot_seconds=1e9))
+    assert (tmp_path / "x" / "stable").exists()
+    settings = whole_steps(6, 0)
+    if branches:
+        run(tmp_path / "trunk", Toy(Net()), whole_steps(1, 3, keep_stable=True))
+        settings = whole_steps(1, 3, branch=tmp_path / "trunk")
+    run(tmp_path / "x", Toy(Net()), settings)
+    assert not (tmp_path / "x" / "stable").exists()
+
+
+def test_a_branch_needs_its_trunk_no_more_once_it_has_begun(tmp_path: Path) -> None:
+    run(tmp_path / "trunk", Toy(Net()), whole_steps(1, 3, keep_stable=True))
+    settings = whole_steps(1, 4, branch=tmp_path / "trunk", snapshot_seconds=1e9)
+    toy = Toy(Net(), steps=10)
+    toy.tokens = lambda batch: 1 // 0  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "branch", toy, settings)
+    shutil.rmtree(tmp_path / "trunk")
+    second = Toy(Net(), steps=10)
+    run(tmp_path / "branch", second, settings)
+    assert second.seen[0] == 3
 
 
 def test_a_branch_goes_on_from_its_own_snapshot_once_it_has_one(tmp_path: Path) -> None:

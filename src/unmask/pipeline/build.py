@@ -230,6 +230,8 @@ class Builder:
             return
         step, _ = self._trunk(section.branch)
         work = jobs.base_work(Path(section.branch))
+        if snapshot.latest(work / STABLE, self.progress.line) is None:
+            raise UserError(f"{work / STABLE} holds no whole snapshot: there is nothing to branch from.")
         then, now = (_before_decay(each) for each in (_read(work / "recipe.json"), self._decides("base")))
         if key := difference(then, now):
             raise UserError(
@@ -272,7 +274,7 @@ class Builder:
             trunk.compiled = kind in COMPILED and compiles(self.device)
         setup = time.monotonic() - started
         rate = machine.matmul_rate(machine.compute_dtype(self.device), device=self.device)
-        decided = self._decides(name)
+        decided = self._decides(name) if self.ranks.leader else {}  # it reads all text
         if self.ranks.leader:
             self.begin(name, decided)
         outcome = loop.train(
@@ -362,11 +364,13 @@ class Builder:
 def _read(path: Path) -> dict[str, Any]:
     """What a stage was begun with."""
     try:
-        begun: dict[str, Any] = json.loads(path.read_bytes())
+        begun = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}.") from error
     except ValueError:
-        raise UserError(f"{path} is damaged, so what this stage was begun with is not known.") from None
+        begun = None
+    if not isinstance(begun, dict) or "sources" not in begun:
+        raise UserError(f"{path} is damaged, so what this stage was begun with is not known.")
     return begun
 
 

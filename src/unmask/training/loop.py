@@ -138,6 +138,8 @@ def train(
             state = place.enter(settings.seed, progress.line, settings.branch, stable)
         if state.step == last_stable:  # where a branch may begin
             _save(place, state, optimizer, ranks, STABLE)
+        if place.branched:  # from here on it needs the other training no more
+            _save(place, state, optimizer, ranks)
         began, saved, saving = time.monotonic() - state.seconds, time.monotonic(), 0.0
         reset_peak_memory(device)
         model.train()

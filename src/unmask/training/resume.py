@@ -48,6 +48,7 @@ class Place:
         self.metrics = directory / "metrics.jsonl"
         self._directory = directory
         self._optimizer, self._ranks = optimizer, ranks
+        self.branched = False  # whether `enter` went on from another training
         self._identity = {**rules, "initial weights": _hash_weights(optimizer)}
 
     def enter(
@@ -68,7 +69,7 @@ class Place:
         elif branch is not None:
             found = self._branch(branch, stable, say)
         else:
-            self.metrics.unlink(missing_ok=True)
+            self._clear()
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002 — the generator that libraries draw from
             torch.manual_seed(seed)
@@ -77,7 +78,7 @@ class Place:
         self._optimizer.load(found.read_into)
         snapshot.restore_random_states(found.meta["random"], say)
         self._cut_metrics(found.meta["metrics_bytes"], say)
-        say(f"{'branching' if found.path.parent.name == STABLE else 'resuming'} after step {state.step}")
+        say(f"{'branching' if self.branched else 'resuming'} after step {state.step}")
         then = _processes(found.meta.get("ranks", 1), found.sharded)
         now = _processes(self._ranks.size, self._optimizer.sharded)
         if then != now:
@@ -114,11 +115,17 @@ class Place:
                 "write the old values into the recipe."
             )
         refuse_outside(found.step, stable, other)
+        self.branched = True
         if self._ranks.leader:
-            self.metrics.unlink(missing_ok=True)
+            self._clear()
             if (other / self.metrics.name).exists():
                 shutil.copyfile(other / self.metrics.name, self.metrics)
         return found
+
+    def _clear(self) -> None:
+        """Remove what a training left that ended before its first snapshot: it may have been another one."""
+        self.metrics.unlink(missing_ok=True)
+        shutil.rmtree(self._directory / STABLE, ignore_errors=True)
 
     def _refuse_another(self, then: Mapping[str, Any]) -> None:
         if changes := self._changes(then):
