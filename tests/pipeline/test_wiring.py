@@ -258,6 +258,15 @@ def test_a_branch_that_cannot_be_is_refused_by_name_before_anything_is_moved_or_
     assert (here / "work/base/snapshots/step_00000001").exists()
 
 
+def test_a_trunk_of_another_precision_is_refused_before_anything_is_moved(
+    place: Place, trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module.machine, "compute_dtype", lambda device: torch.float16)
+    builder = Builder(with_base(place.recipe, branch=str(trunk)), tmp_path / "x", CPU, QUIET)
+    with pytest.raises(UserError, match=r"this machine trains in torch\.float16"):
+        builder.refuse_another_trunk()
+
+
 def test_a_branch_may_have_another_end_and_no_other_text(place: Place, trunk: Path, tmp_path: Path) -> None:
     changes = {"tokens": 90_000, "decay": 0.3, "lr_floor": 0.1, "warmup": 0.05}
     builder = Builder(with_base(place.recipe, branch=str(trunk), **changes), tmp_path / "x", CPU, QUIET)

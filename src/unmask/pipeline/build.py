@@ -230,8 +230,17 @@ class Builder:
             return
         step, _ = self._trunk(section.branch)
         work = jobs.base_work(Path(section.branch))
-        if snapshot.latest(work / STABLE, self.progress.line) is None:
+        if (found := snapshot.latest(work / STABLE, self.progress.line)) is None:
             raise UserError(f"{work / STABLE} holds no whole snapshot: there is nothing to branch from.")
+        here, there = (
+            str(machine.compute_dtype(self.device)),
+            f"torch.{found.meta['identity'].get('precision')}",
+        )
+        if here != there:
+            raise UserError(
+                f"the base of {section.branch} was trained in {there}, and this machine trains in {here}: it can be "
+                "branched on a machine like its own alone."
+            )
         then, now = (_before_decay(each) for each in (_read(work / "recipe.json"), self._decides("base")))
         if key := difference(then, now):
             raise UserError(

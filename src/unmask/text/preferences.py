@@ -64,7 +64,9 @@ def to_pair(row: Mapping[str, Any], where: str) -> Pair:
             said = zip(turns[::2], turns[1::2], strict=True)
             side = [{"role": roles[name], "content": text.strip()} for name, text in said]
         else:
-            side = prompt + messages_of(value, where, key, "assistant")
+            said_here = messages_of(value, where, key, "assistant")
+            # Some data sets say the prompt apart and in both sides too.
+            side = said_here if said_here[: len(prompt)] == prompt else prompt + said_here
         if side[-1]["role"] != "assistant":
             raise UserError(
                 f"{where}: {key} ends with {side[-1]['role']}; it must end with the assistant's answer."

@@ -59,13 +59,17 @@ class Place:
         stable: range = range(0),
     ) -> State:
         """Set optimizer, random generators and metrics to where the newest snapshot left them; if there is none, to the
-        end of the stable phase of the training in `branch`, which has to lie within that of this one, `stable`; or to
-        zero."""
+        end of this training's own stable phase; or of that of the training in `branch`, which has to lie within that of
+        this one, `stable`; or to zero."""
         for where in (SNAPSHOTS, STABLE):
             sweep_temporaries(self._directory / where)
         found = snapshot.latest(self._directory / SNAPSHOTS, say)
         if found is not None:
             self._refuse_another(found.meta["identity"])
+        elif (own := snapshot.latest(self._directory / STABLE, say)) and not self._changes(
+            own.meta["identity"]
+        ):
+            found = own
         elif branch is not None:
             found = self._branch(branch, stable, say)
         else:
