@@ -33,7 +33,7 @@ PAIR = Pair([user("q"), assistant("good")], [user("q"), assistant("bad")])
         {"prompt": [user("q")], "chosen": "good", "rejected": "bad", "score": 3},
         {"chosen": PAIR.chosen, "rejected": PAIR.rejected},
         {"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"},
-        {"prompt": "q", "chosen": PAIR.chosen, "rejected": PAIR.rejected},
+        {"prompt": "q\n", "chosen": PAIR.chosen, "rejected": PAIR.rejected},
         {"instruction": "q", "chosen": PAIR.chosen, "rejected": PAIR.rejected},
         {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
         {

@@ -471,17 +471,6 @@ def test_a_training_that_begins_anew_leaves_no_stable_state_of_the_one_before(
     assert not (tmp_path / "x" / "stable").exists()
 
 
-def test_without_another_snapshot_a_training_goes_on_from_its_own_stable_state(tmp_path: Path) -> None:
-    settings = whole_steps(1, 3, keep_stable=True)
-    _, unbroken = run(tmp_path / "whole", Toy(Net(dropout=0.1), draws=True), settings)
-    run(tmp_path / "x", Toy(Net(dropout=0.1), draws=True), settings)
-    shutil.rmtree(tmp_path / "x" / "snapshots")
-    again = Toy(Net(dropout=0.1), draws=True)
-    _, optimizer = run(tmp_path / "x", again, settings)
-    assert again.seen == [3, 4, 5]
-    assert_same_training((tmp_path / "x", optimizer), (tmp_path / "whole", unbroken))
-
-
 def test_a_branch_needs_its_trunk_no_more_once_it_has_begun(tmp_path: Path) -> None:
     run(tmp_path / "trunk", Toy(Net()), whole_steps(1, 3, keep_stable=True))
     settings = whole_steps(1, 4, branch=tmp_path / "trunk", snapshot_seconds=1e9)

@@ -66,13 +66,19 @@ def to_pair(row: Mapping[str, Any], where: str) -> Pair:
         else:
             said_here = messages_of(value, where, key, "assistant")
             # Some data sets say the prompt apart and in both sides too.
-            side = said_here if said_here[: len(prompt)] == prompt else prompt + said_here
+            side = (
+                said_here if _stripped(said_here[: len(prompt)]) == _stripped(prompt) else prompt + said_here
+            )
         if side[-1]["role"] != "assistant":
             raise UserError(
                 f"{where}: {key} ends with {side[-1]['role']}; it must end with the assistant's answer."
             )
         sides.append(side)
     return Pair(*sides)
+
+
+def _stripped(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"].strip()) for message in messages]
 
 
 def similar_batches(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:

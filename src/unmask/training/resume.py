@@ -59,21 +59,17 @@ class Place:
         stable: range = range(0),
     ) -> State:
         """Set optimizer, random generators and metrics to where the newest snapshot left them; if there is none, to the
-        end of this training's own stable phase; or of that of the training in `branch`, which has to lie within that of
-        this one, `stable`; or to zero."""
+        end of the stable phase of the training in `branch`, which has to lie within that of this one, `stable`; or to
+        zero."""
         for where in (SNAPSHOTS, STABLE):
             sweep_temporaries(self._directory / where)
         found = snapshot.latest(self._directory / SNAPSHOTS, say)
         if found is not None:
             self._refuse_another(found.meta["identity"])
-        elif (own := snapshot.latest(self._directory / STABLE, say)) and not self._changes(
-            own.meta["identity"]
-        ):
-            found = own
         elif branch is not None:
             found = self._branch(branch, stable, say)
         else:
-            self._clear()
+            self._clear(say)
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002 — the generator that libraries draw from
             torch.manual_seed(seed)
@@ -121,15 +117,18 @@ class Place:
         refuse_outside(found.step, stable, other)
         self.branched = True
         if self._ranks.leader:
-            self._clear()
+            self._clear(say)
             if (other / self.metrics.name).exists():
                 shutil.copyfile(other / self.metrics.name, self.metrics)
         return found
 
-    def _clear(self) -> None:
-        """Remove what a training left that ended before its first snapshot: it may have been another one."""
+    def _clear(self, say: Callable[[str], None]) -> None:
+        """Remove what a training left that has no snapshot. Its stable state is not gone on from: that training may have
+        been another, or a branch, of which its identity says nothing."""
         self.metrics.unlink(missing_ok=True)
-        shutil.rmtree(self._directory / STABLE, ignore_errors=True)
+        if (stable := self._directory / STABLE).exists():
+            say(f"{stable} is removed: it is of a training that left no snapshot")
+            shutil.rmtree(stable, ignore_errors=True)
 
     def _refuse_another(self, then: Mapping[str, Any]) -> None:
         if changes := self._changes(then):
