@@ -123,8 +123,8 @@ class Place:
         return found
 
     def _clear(self, say: Callable[[str], None]) -> None:
-        """Remove what a training left that has no snapshot. Its stable state is not gone on from: that training may have
-        been another, or a branch, of which its identity says nothing."""
+        """Remove what a training left that has no snapshot. Its stable state is not gone on from: it may be that of
+        another training, or of a branch, of which its identity says nothing."""
         self.metrics.unlink(missing_ok=True)
         if (stable := self._directory / STABLE).exists():
             say(f"{stable} is removed: it is of a training that left no snapshot")
