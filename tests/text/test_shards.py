@@ -229,6 +229,7 @@ def test_documents_are_read_no_faster_than_they_are_encoded(
 
 
 BUILDING = """
+import signal
 import sys
 import time
 from pathlib import Path
@@ -238,6 +239,7 @@ from unmask.text.tokenizer import Tokenizer
 
 shards._AT_ONCE, shards._NOTE_SECONDS = 20_000, 0.0
 here = Path(sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell runs in the background
 
 def slowly(texts):  # or it would be done before a busy machine can stop it
     for place, text in enumerate(texts):
