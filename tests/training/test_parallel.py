@@ -119,11 +119,6 @@ def test_ranks_whose_batches_differ_end_before_they_take_that_step(tmp_path: Pat
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
 
 
-def says_so_or_was_ended(stderr: str) -> bool:
-    """Rank 0 has lost the other; on a busy machine torchrun, which sees it too, may end it before it has said so."""
-    return "rank 0 has lost another one" in stderr or "exitcode  : -15" in stderr
-
-
 def test_a_killed_rank_ends_all_within_half_a_minute_by_name_and_a_restart_goes_on_bit_for_bit(
     together: Path, tmp_path: Path
 ) -> None:
@@ -131,7 +126,7 @@ def test_a_killed_rank_ends_all_within_half_a_minute_by_name_and_a_restart_goes_
     assert done.returncode != 0
     assert seconds < 30
     assert "rank      : 1" in done.stderr and "SIGKILL" in done.stderr  # torchrun's report
-    assert says_so_or_was_ended(done.stderr)
+    assert "rank 0 has lost another one" in done.stderr
     done, _ = trained(tmp_path, 2, fate="killed")
     assert done.returncode == 0, done.stderr
     assert "resuming after step 3" in done.stderr
@@ -269,7 +264,7 @@ def test_killed_while_sharded_all_end_by_name_and_a_restart_goes_on_bit_for_bit(
     assert done.returncode != 0
     assert seconds < 30
     assert "rank      : 1" in done.stderr and "SIGKILL" in done.stderr
-    assert says_so_or_was_ended(done.stderr)
+    assert "rank 0 has lost another one" in done.stderr
     assert "resuming after step 3" in said(tmp_path, 2, **asked)
     assert metrics(tmp_path) == metrics(sharded)
     assert all(torch.equal(tensor, state(sharded)[name]) for name, tensor in state(tmp_path).items())

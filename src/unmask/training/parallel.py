@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from unmask.errors import UserError
 from unmask.training.pulse import Pulse
+from unmask.training.signals import end_in_peace
 
 T = TypeVar("T")
 # Of a sum; torch's own 30 minutes would keep a cluster waiting for a rank that hangs.
@@ -158,6 +159,7 @@ class Ranks:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise  # too little memory, or a mistake
             # Its first word says where in gloo, its second sentence what may be the matter in general.
+            end_in_peace()
             words = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0]).split(". ")[0]
             raise UserError(
                 f"rank {self.rank} has lost another one ({words}). torchrun says which rank failed first. "

@@ -22,7 +22,8 @@ def stop_on_signal() -> Iterator[threading.Event]:
 
     def restore() -> None:
         for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+            if signal.getsignal(number) is hear:
+                signal.signal(number, handler or signal.SIG_DFL)
 
     def hear(number: int, frame: object) -> None:
         stop.set()
@@ -34,3 +35,10 @@ def stop_on_signal() -> Iterator[threading.Event]:
         yield stop
     finally:
         restore()
+
+
+def end_in_peace() -> None:
+    """Ignore SIGTERM from now on: this process is about to say why it ends, and torchrun, which sees it too, would end
+    it before it has."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
