@@ -8,6 +8,7 @@ import torch
 from unmask import recipe as recipes
 from unmask.errors import UserError
 from unmask.model.config import ModelConfig
+from unmask.pipeline import begun
 from unmask.pipeline.build import Builder
 from unmask.progress import Progress
 
@@ -55,7 +56,7 @@ def test_a_stage_begun_with_other_text_is_refused_by_name(tmp_path: Path) -> Non
     def builder() -> Builder:
         return Builder(recipe, tmp_path / "run", torch.device("cpu"), Progress(quiet=True))
 
-    builder().begin("base", builder()._decides("base"))
+    begun.write(tmp_path / "run/work/base", builder()._decides("base"))
     text.write_text("another text", "utf-8")
     builder().refuse_another_recipe()  # nothing was trained: it begins anew
     (tmp_path / "run/work/base/snapshots/step_00000001").mkdir(parents=True)

@@ -13,8 +13,8 @@ from unmask import recipe as recipes
 from unmask.errors import UserError
 from unmask.lineage import Checkpoint, Lineage
 from unmask.model.scorer import Scorer
+from unmask.pipeline import begun, check, jobs, measure, runner
 from unmask.pipeline import build as build_module
-from unmask.pipeline import check, jobs, measure, runner
 from unmask.pipeline.build import Builder, Built
 from unmask.progress import Progress
 from unmask.recipe import Recipe
@@ -187,10 +187,10 @@ def test_a_run_that_is_refused_stays_as_it_was(
 
 def test_a_key_that_recipes_did_not_have_yet_stands_at_its_default(files: Path, run: Path) -> None:
     found = {"pretrain": {"tokens": 1}}
-    assert build_module._with_defaults(found)["pretrain"]["cross_documents"] is True
+    assert begun.with_defaults(found)["pretrain"]["cross_documents"] is True
     kept = {"pretrain": {**found["pretrain"], "recompute": True, "snapshot_seconds": 5.0}}
-    assert not {"recompute", "snapshot_seconds"} & build_module._with_defaults(kept)["pretrain"].keys()
-    assert "weight_decay" in build_module._with_defaults(found)["pretrain"]
+    assert not {"recompute", "snapshot_seconds"} & begun.with_defaults(kept)["pretrain"].keys()
+    assert "weight_decay" in begun.with_defaults(found)["pretrain"]
     builder_of(recipe_of(files), run).refuse_another_recipe()
     sources = [{"path": str(files / "raw.jsonl")}]
     changed = {"tokens": 2048, "batch_tokens": 1024, "sources": sources, "cross_documents": False}

@@ -14,8 +14,8 @@ from unmask.errors import UserError
 from unmask.files import read_json_lines
 from unmask.lineage import Checkpoint
 from unmask.model.decoder import Trunk
+from unmask.pipeline import begun, branch, jobs, measure, runner
 from unmask.pipeline import build as build_module
-from unmask.pipeline import jobs, measure, runner
 from unmask.pipeline.build import Builder, Built
 from unmask.pipeline.jobs import Place
 from unmask.probes.reward_quality import text_of
@@ -215,11 +215,11 @@ def test_a_branch_under_way_needs_its_trunk_no_more_and_keeps_what_it_went_on_fr
     place: Place, trunk: Path, tmp_path: Path
 ) -> None:
     builder = Builder(with_base(place.recipe, branch=str(trunk)), tmp_path / "branch", CPU, QUIET)
-    begun = builder._decides("base")
-    builder.begin("base", begun)
+    decided = builder._decides("base")
+    begun.write(tmp_path / "branch/work/base", decided)
     (tmp_path / "branch/work/base/snapshots/step_00000030").mkdir(parents=True)
     shutil.rmtree(trunk)
-    assert builder._decides("base") == begun
+    assert builder._decides("base") == decided
     builder.refuse_another_recipe()
     builder.refuse_another_trunk()
 
@@ -261,7 +261,7 @@ def test_a_branch_that_cannot_be_is_refused_by_name_before_anything_is_moved_or_
 def test_a_trunk_of_another_precision_is_refused_before_anything_is_moved(
     place: Place, trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module.machine, "compute_dtype", lambda device: torch.float16)
+    monkeypatch.setattr(branch.machine, "compute_dtype", lambda device: torch.float16)
     builder = Builder(with_base(place.recipe, branch=str(trunk)), tmp_path / "x", CPU, QUIET)
     with pytest.raises(UserError, match=r"this machine trains in torch\.float16"):
         builder.refuse_another_trunk()

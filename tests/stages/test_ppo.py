@@ -480,7 +480,7 @@ def test_metrics_say_how_the_policy_does_and_stand_once_a_step(tmp_path: Path) -
 def test_gold_is_the_second_judges_score_of_whole_answers_at_half_the_longest_length() -> None:
     _, objective, _ = begin(answers=24)
     assert "gold" not in objective.collect(0).numbers
-    objective.gold = scorer(3)
+    objective.gold = RewardModel(scorer(3), 4096)
     found = objective.collect(0)
     whole = [i for i, answer in enumerate(found.rollout.answers) if answer.finished]
     lengths = np.array([len(found.rollout.answers[i].ids) for i in whole])

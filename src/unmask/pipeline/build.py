@@ -1,6 +1,5 @@
 """Building the stages of a run: keep those that fit the recipe, resume the one under way, train the rest."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -9,25 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
 
 from unmask.errors import UserError
-from unmask.files import read_json_lines, write_atomic
+from unmask.files import read_json_lines
 from unmask.lineage import Checkpoint, write_checkpoint
 from unmask.model.compiled import compiles, lacking
 from unmask.model.decoder import Trunk
-from unmask.pipeline import jobs
+from unmask.pipeline import begun, branch, jobs
 from unmask.pipeline.jobs import Job, Place
 from unmask.progress import Progress
-from unmask.recipe import Recipe, difference, given
-from unmask.stages import pretrain
+from unmask.recipe import Recipe, difference
 from unmask.stages.prepare import SCHEME, Prepared, prepare
 from unmask.text.sources import content_hash
-from unmask.training import loop, machine, snapshot
+from unmask.training import loop, machine
 from unmask.training.cost import training_flops
 from unmask.training.parallel import ALONE, Ranks
-from unmask.training.resume import SNAPSHOTS, STABLE, refuse_outside
-from unmask.training.schedule import stable_phase
+from unmask.training.resume import SNAPSHOTS
 from unmask.training.shard import unsharded
 
 ORDER = ("base", "sft", "reward", "gold", "rl")  # gold: the second scorer, which no layer is trained on
@@ -35,12 +31,9 @@ SECTIONS = {"base": "pretrain", "sft": "sft", "reward": "reward", "gold": "rewar
 MADE_FROM = {"sft": ("base",), "reward": ("sft",), "gold": ("sft",), "rl": ("sft", "reward")}
 MEASURED = ("summary.json", "findings.jsonl", "blame.json", "report.html")  # they speak of the old stages
 RATE = "matmul_flops_per_second"  # of the machine, measured before each stage: another process may load it at times
-DECIDES_NOTHING = ("snapshot_seconds", "recompute", "shard")  # when is saved, and in how much memory
 # By kind, on a GPU. Not PPO: its ratios are to start at 1 and its divergence from SFT at 0, so that what learns has to
 # read with the very kernels of what was frozen or is not learning yet; and most of its time goes into answers.
 COMPILED = ("pretrain", "sft", "reward")
-# Of a base, what another that branches from its stable phase may have otherwise.
-AFTER_STABLE = ("tokens", "warmup", "decay", "lr_floor", "branch")
 SHARED = ("seed", "depth", "context", "heldout", "tokenizer", "facts")
 
 
@@ -117,12 +110,20 @@ class Builder:
         self._refuse_what_stands_on_nothing()
         for name in ORDER:
             found = None if name in self.later else self._begun(name)
-            if found is not None and (key := difference(_with_defaults(found), decided[name])):
+            if found is not None and (key := difference(begun.with_defaults(found), decided[name])):
                 raise UserError(
                     f"{self.directory / name} was made with another recipe: {key}. Run with the old value, "
                     f"give --output another directory, or build anew with"
                     f" --from {_stage_of(name)} (nothing is deleted)."
                 )
+
+    def refuse_another_trunk(self) -> None:
+        """Raises UserError where the base that is to be branched from is another one before its decay, naming a key."""
+        other = self.recipe.pretrain.branch
+        begins = "base" in self.missing() and ("base" in self.later or not self._has_snapshot("base"))
+        if other is not None and begins:
+            decided, say = self._decides("base"), self.progress.line
+            branch.refuse_another(Path(other), self.recipe, decided, self.directory, self.device, say)
 
     def _refuse_what_stands_on_nothing(self) -> None:
         """A stage built again has another hash, for which those above it were not made: hours would be spent first."""
@@ -154,12 +155,6 @@ class Builder:
             path.rename(target)
         self.progress.line(f"set aside in {aside / str(number)}: {', '.join(str(path) for path in found)}")
 
-    def begin(self, name: str, decided: Mapping[str, Any]) -> None:
-        """Write down what decides a stage before its first step, for whoever goes on with it."""
-        work = self.directory / "work" / name
-        work.mkdir(parents=True, exist_ok=True)
-        write_atomic(work / "recipe.json", json.dumps(decided))
-
     def _begun(self, name: str) -> Mapping[str, Any] | None:
         """The recipe that a stage was finished or begun with."""
         if (self.directory / name).exists():
@@ -169,11 +164,11 @@ class Builder:
                     f"{self.directory / name} has no unmask.json: this run did not make it. Move it away and run again."
                 )
             return record.recipe
-        work = self.directory / "work" / name / "recipe.json"
-        if not work.exists() or not self._has_snapshot(name):  # it would begin with its first step again
+        work = self.directory / "work" / name
+        if not begun.there(work) or not self._has_snapshot(name):  # it would begin with its first step again
             return None
         try:
-            return _read(work)
+            return begun.read(work)
         except UserError as error:
             raise UserError(
                 f"{error} Build it anew with --from {_stage_of(name)} (nothing is deleted)."
@@ -186,7 +181,7 @@ class Builder:
         """The part of the recipe that decides this stage, beyond its parents."""
         plain = self.recipe.model_dump(mode="json")
         section = dict(plain[SECTIONS[name]])
-        for key in DECIDES_NOTHING:
+        for key in begun.DECIDES_NOTHING:
             section.pop(key, None)
         given = [section["source"]] if "source" in section else section["sources"]
         held = {each["path"]: self._content(each["path"]) for each in given if each["path"] != "facts"}
@@ -199,59 +194,12 @@ class Builder:
             "scheme": SCHEME,
         }
 
-    # What a base goes on from ------------------------------------------------------------------------------------
-
     def _branched_from(self, other: str) -> str:
         """A hash of the state that the base goes on, or went on, from. Once it has gone on it does not need it."""
-        begun = None if "base" in self.later else self._begun("base")
-        if begun is not None and begun["pretrain"].get("branch") == other:
-            return str(begun["sources"][other])
-        return self._trunk(other)[1]
-
-    def _trunk(self, other: str) -> tuple[int, str]:
-        """The step that another run's stable phase ended with, and a hash of the state there."""
-        if Path(other).resolve() == self.directory.resolve():
-            raise UserError(
-                f"pretrain.branch is {other}, this run itself. Give --output another directory, or leave it out."
-            )
-        stable = jobs.base_work(Path(other)) / STABLE
-        if (found := snapshot.stamp(stable)) is None:
-            raise UserError(
-                f"pretrain.branch is {other}, and {stable} holds no snapshot: there is no such run, or its base "
-                "has no stable phase (a warm-up that ends before the decay begins), or not yet, or it was deleted."
-            )
-        return found
-
-    def refuse_another_trunk(self) -> None:
-        """Raises UserError where the base that is to be branched from is another one before its decay, naming a key."""
-        recipe, section = self.recipe, self.recipe.pretrain
-        goes_on = "base" not in self.later and self._has_snapshot("base")
-        if section.branch is None or "base" not in self.missing() or goes_on:
-            return
-        step, _ = self._trunk(section.branch)
-        work = jobs.base_work(Path(section.branch))
-        if (found := snapshot.latest(work / STABLE, self.progress.line)) is None:
-            raise UserError(f"{work / STABLE} holds no whole snapshot: there is nothing to branch from.")
-        here, there = (
-            str(machine.compute_dtype(self.device)),
-            f"torch.{found.meta['identity'].get('precision')}",
-        )
-        if here != there:
-            raise UserError(
-                f"the base of {section.branch} was trained in {there}, and this machine trains in {here}: it can be "
-                "branched on a machine like its own alone."
-            )
-        then, now = (_before_decay(each) for each in (_read(work / "recipe.json"), self._decides("base")))
-        if key := difference(then, now):
-            raise UserError(
-                f"the base of {section.branch} is another one before its decay: {key}. To branch from it, write the "
-                "old value into the recipe."
-            )
-        steps, rows = pretrain.whole(given(section.tokens), given(section.batch_tokens), recipe.context)
-        each = rows * recipe.context
-        whole = steps * each
-        stable = stable_phase(steps, each, section.warmup * whole, section.decay * whole)
-        refuse_outside(step, stable, Path(section.branch))
+        found = None if "base" in self.later else self._begun("base")
+        if found is not None and found["pretrain"].get("branch") == other:
+            return str(found["sources"][other])
+        return branch.trunk(Path(other), self.directory)[1]
 
     def _content(self, source: str) -> str:
         """What a source holds, read once a run: a corpus may be large."""
@@ -285,7 +233,7 @@ class Builder:
         rate = machine.matmul_rate(machine.compute_dtype(self.device), device=self.device)
         decided = self._decides(name) if self.ranks.leader else {}  # it reads all text
         if self.ranks.leader:
-            self.begin(name, decided)
+            begun.write(work, decided)
         outcome = loop.train(
             stage.model,
             stage.objective,
@@ -368,43 +316,6 @@ class Builder:
             f"{path.name:<7}{record.kind:<9}kept, {record.tokens:,} tokens in {record.seconds:.0f} s"
         )
         return checkpoint
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What a stage was begun with."""
-    try:
-        begun = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}.") from error
-    except ValueError:
-        begun = None
-    if not isinstance(begun, dict) or "sources" not in begun:
-        raise UserError(f"{path} is damaged, so what this stage was begun with is not known.")
-    return begun
-
-
-def _before_decay(decided: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a base up to the end of its stable phase, of all that decides it."""
-    whole = _with_defaults(decided)
-    section = {key: value for key, value in whole["pretrain"].items() if key not in AFTER_STABLE}
-    sources = {path: held for path, held in whole["sources"].items() if path != whole["pretrain"]["branch"]}
-    return {**whole, "pretrain": section, "sources": sources}
-
-
-def _with_defaults(decided: Mapping[str, Any]) -> dict[str, Any]:
-    """What decided a stage, with the keys that recipes did not have yet when it was made, at their defaults."""
-    filled = dict(decided)
-    for name, field in Recipe.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel) and name in decided:
-            defaults = {
-                key: each.get_default(call_default_factory=True)
-                for key, each in section.model_fields.items()
-                if not each.is_required() and key not in DECIDES_NOTHING
-            }
-            deciding = {key: value for key, value in decided[name].items() if key not in DECIDES_NOTHING}
-            filled[name] = {**defaults, **deciding}
-    return filled
 
 
 def _stage_of(name: str) -> str:

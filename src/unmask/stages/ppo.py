@@ -17,7 +17,6 @@ from unmask.model.scorer import Scorer
 from unmask.stages import objectives, pretrain
 from unmask.stages.batches import Drawn, by_length
 from unmask.stages.experience import Experience, experience
-from unmask.stages.reward import scores
 from unmask.stages.rollouts import (
     Actions,
     Prompts,
@@ -130,7 +129,7 @@ class PPO:
         seed: int,
         spread: float = 1.0,
         text: pretrain.Pretraining | None = None,
-        gold: Scorer | None = None,
+        gold: Reward | None = None,
         say: Callable[[str], None] = print,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -275,19 +274,16 @@ class PPO:
             )
         self._report(index, troubles)
         if self.gold is not None:
-            found.numbers["gold"] = self._gold(rollout)
+            found.numbers["gold"] = self._gold(self.gold, rollout)
         return found
 
-    def _gold(self, rollout: Rollout) -> float:
+    def _gold(self, judge: Reward, rollout: Rollout) -> float:
         """The second judge's score of an answer of half the longest length, on the line through this rollout's
         whole answers, so that length alone does not raise it. Never learned from. NaN without a whole answer."""
-        assert self.gold is not None
-        whole = [i for i, answer in enumerate(rollout.answers) if answer.finished]
-        texts = [[*rollout.prompts[i], *rollout.answers[i].ids] for i in whole]
-        lengths_B = torch.tensor([float(len(rollout.answers[i].ids)) for i in whole])
-        mine = scores(self.gold, self.ranks.share(texts), self.settings.micro_tokens).tolist()
-        scores_B = torch.tensor(self.ranks.gathered(mine))
-        return objectives.at_length(scores_B, lengths_B, self.settings.answer_tokens / 2)
+        whole_B = torch.tensor([answer.finished for answer in rollout.answers])
+        lengths_B = torch.tensor([len(answer.ids) for answer in rollout.answers])
+        scores_B = judged(judge, rollout, self.ranks)
+        return objectives.at_length(scores_B[whole_B], lengths_B[whole_B], self.settings.answer_tokens / 2)
 
     def _parts(self, index: int, epoch: int, rollout: Rollout) -> list[list[list[int]]]:
         """Rows of each micro-batch of each minibatch: shuffled anew each epoch, similar lengths together."""
@@ -404,7 +400,7 @@ def stage(
             seed=seed,
             cross_documents=text.cross_documents,
         ),
-        gold=gold,
+        gold=RewardModel(gold, settings.micro_tokens) if gold else None,
         say=say,
         ranks=ranks,
     )
