@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--eager", action="store_true", help="nothing is compiled")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
-    parser.add_argument("--nanogpt-dir", type=Path, help="a clone of nanoGPT")
+    parser.add_argument("--nanogpt-dir", type=peers.clone_with("model.py"), help="a clone of nanoGPT")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=10, help="of a round")
     parser.add_argument("--vocabulary", type=int, default=50304)

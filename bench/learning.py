@@ -200,8 +200,12 @@ def main() -> None:
     )
     parser.add_argument("--text", default="sotu", help="a source as a recipe names them")
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--nanogpt-dir", type=Path, help="a clone of karpathy/nanoGPT")
-    parser.add_argument("--nanochat-dir", type=Path, help="a clone of karpathy/nanochat")
+    parser.add_argument(
+        "--nanogpt-dir", type=peers.clone_with("model.py"), help="a clone of karpathy/nanoGPT"
+    )
+    parser.add_argument(
+        "--nanochat-dir", type=peers.clone_with("nanochat/gpt.py"), help="a clone of karpathy/nanochat"
+    )
     parser.add_argument("--rounds", type=int, default=20, help="steps of each that are timed")
     parser.add_argument("--vocabulary", type=int, default=4096)
     options = parser.parse_args()

@@ -1,6 +1,7 @@
 """Other people's models, optimizers and trainers, from clones that a user names or from packages; nothing of their code
 is here."""
 
+import argparse
 import importlib
 import importlib.util
 import os
@@ -31,6 +32,17 @@ class Peer(NamedTuple):
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
+
+
+def clone_with(file: str) -> Callable[[str], Path]:
+    """For argparse: a folder that holds `file`."""
+
+    def folder(given: str) -> Path:
+        if not (Path(given) / file).is_file():
+            raise argparse.ArgumentTypeError(f"{given} is no clone of it: there is no {file}")
+        return Path(given)
+
+    return folder
 
 
 def nanogpt(

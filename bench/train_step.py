@@ -60,8 +60,12 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
-    parser.add_argument("--nanogpt-dir", type=Path, help="a clone of karpathy/nanoGPT")
-    parser.add_argument("--nanochat-dir", type=Path, help="a clone of karpathy/nanochat")
+    parser.add_argument(
+        "--nanogpt-dir", type=peers.clone_with("model.py"), help="a clone of karpathy/nanoGPT"
+    )
+    parser.add_argument(
+        "--nanochat-dir", type=peers.clone_with("nanochat/gpt.py"), help="a clone of karpathy/nanochat"
+    )
     parser.add_argument("--only", choices=["nanogpt", "nanochat"], help="of all, for its memory")
     parser.add_argument("--plain-malloc", action="store_true", help="leave glibc as it is, as the others do")
     parser.add_argument("--eager", action="store_true", help="do not compile the others")

@@ -97,6 +97,13 @@ def test_the_gpu_benchmark_runs_on_a_cpu_too_in_turn_with_a_clone_of_nanogpt(tmp
     assert found["peak_mb"]["unmask"] > 0
 
 
+@pytest.mark.parametrize("script", ["gpu.py", "learning.py", "train_step.py"])
+def test_a_folder_that_is_no_clone_is_refused_in_one_line(script: str, tmp_path: Path) -> None:
+    command = [sys.executable, BENCH / script, "--nanogpt-dir", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2 and "no clone of it: there is no model.py" in done.stderr
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     words = random.Random(0).choices(

@@ -121,6 +121,16 @@ def test_the_table_has_a_row_a_stage_and_says_what_is_assumed(
     assert "50% of 989 TFLOP/s is assumed" in " ".join(text.split())
 
 
+@pytest.mark.parametrize(("option", "value"), [("--price", "inf"), ("--price", "nan"), ("--share", "nan")])
+def test_what_is_no_number_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["unmask", "plan", "tiny", option, value])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2 and f"Invalid value for '{option}'" in capsys.readouterr().err
+
+
 def test_json_has_seconds_and_dollars_of_the_same_flops(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,7 +59,7 @@ def plan(
         typer.Option(min=0.01, max=1.0, help="Of an accelerator's rate, which training is taken to reach."),
     ] = 0.4,
     price: Annotated[
-        float | None, typer.Option(min=0.0, help="Dollars an hour of this machine, for its cost.")
+        float | None, typer.Option(min=0.0, max=1e6, help="Dollars an hour of this machine, for its cost.")
     ] = None,
     device: Device = None,
     json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
