@@ -14,6 +14,7 @@ from unmask.errors import UserError
 from unmask.model.decoder import Decoder
 from unmask.pipeline import show, show_plan
 from unmask.pipeline.estimate import Accelerator, Cost, accelerator, accelerators, estimate, shape
+from unmask.pipeline.jobs import ppo_settings
 from unmask.pipeline.plan import Plan, _measuring, plan, whole_plan
 from unmask.recipe import given
 from unmask.training import machine
@@ -198,12 +199,40 @@ def test_several_processes_train_in_their_share_of_the_time(monkeypatch: pytest.
     clock = iter(range(10_000))
     monkeypatch.setattr("unmask.pipeline.plan._now", lambda device: float(next(clock)))
     recipe = recipes.resolve(recipes.load("tiny", SMALL))
+    rows: list[int] = []
+
+    def generated(model: Any, prompts: Any, **settings: Any) -> list[Any]:
+        rows.append(len(prompts))
+        return []
+
+    monkeypatch.setattr("unmask.pipeline.plan.generate", generated)
     alone, four = (whole_plan(recipe, CPU, processes).seconds for processes in (1, 4))
     assert four["sft"] == pytest.approx(alone["sft"] / 4)
-    assert alone["rl"] / 4 < four["rl"] < alone["rl"]  # every process writes all answers
+    rl = recipe.rl
+    assert rows == [rl.answers, rl.answers, rl.answers // 4, rl.answers]  # of RL, and of measuring
+    written = ppo_settings(rl).rollouts * rl.answer_tokens / 8  # a step of 8 takes a second of this clock
+    assert four["rl"] - written == pytest.approx((alone["rl"] - written) / 4)
+    longer = rl.model_copy(update={"prompt_tokens": recipe.context})  # more than the answer leaves room for
+    fitting = rl.model_copy(update={"prompt_tokens": recipe.context - rl.answer_tokens})
+    assert whole_plan(recipe.model_copy(update={"rl": longer}), CPU).seconds["rl"] == pytest.approx(
+        whole_plan(recipe.model_copy(update={"rl": fitting}), CPU).seconds["rl"]
+    )
     assert four["measure"] == alone["measure"]  # by one of them
     again = recipes.resolve(recipes.load("tiny", [*SMALL, "sft.recompute=true"]))
     assert whole_plan(again, CPU).seconds["sft"] == pytest.approx(alone["sft"] * 4 / 3)
+
+
+def test_a_step_is_taken_for_as_fast_as_the_faster_of_two_after_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter(i * i for i in range(10_000))  # what comes later takes longer
+    monkeypatch.setattr("unmask.pipeline.plan._now", lambda device: float(next(clock)))
+    recipe = recipes.resolve(recipes.load("tiny", SMALL))
+    found = whole_plan(recipe, CPU).seconds
+    rows = recipe.pretrain.micro_tokens // recipe.context
+    # Two looks at the clock for each of two readings, two for the first step and three for the others.
+    a_token = (7**2 - 6**2) / (rows * recipe.context)
+    assert found["sft"] == pytest.approx(given(recipe.sft.tokens) * a_token)
 
 
 def test_measuring_is_planned_with_two_answers_a_prompt_and_six_more_of_the_first_128() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from shrunken import unmask
 from torch import nn
 
 from unmask import recipe as recipes
@@ -25,6 +26,7 @@ from unmask.stages import ppo, reward, sft
 from unmask.text import rated
 from unmask.text.chat import Rendered, render
 from unmask.training import loop
+from unmask.training.parallel import Ranks
 
 CPU, QUIET = torch.device("cpu"), Progress(quiet=True)
 
@@ -53,7 +55,7 @@ def halves(recipe: Recipe) -> dict[str, str]:
 
 def altered(place: Place, **section: Any) -> Place:
     rl = place.recipe.rl.model_copy(update=section)
-    return Place(place.recipe.model_copy(update={"rl": rl}), place.prepared, CPU, QUIET)
+    return Place(place.recipe.model_copy(update={"rl": rl}), place.prepared, CPU, QUIET, Ranks())
 
 
 def test_every_probe_gets_its_own_layers_judges_and_text(
@@ -156,7 +158,7 @@ def test_rates_warm_up_and_raw_text_of_the_recipe_reach_ppo(place: Place, built:
     total = job.objective.steps * job.objective.tokens_per_step
     assert (job.settings.warmup_tokens, job.settings.decay_tokens) == (0.25 * total, 0.5 * total)
     assert isinstance(job.objective, ppo.PPO)
-    assert job.objective.text is not None
+    assert job.objective.text is not None and job.objective.ranks is changed.ranks
     plain = jobs.reinforcement(place, built.sft, built.reward, None).objective
     assert isinstance(plain, ppo.PPO)
     assert plain.text is None
@@ -175,6 +177,13 @@ def with_base(recipe: Recipe, **section: Any) -> Recipe:
     return recipe.model_copy(update={"pretrain": recipe.pretrain.model_copy(update=section)})
 
 
+def as_long_facts(recipe: Recipe) -> Recipe:
+    """With the planted text that the run of `recipe` has, however many tokens it trains on."""
+    assert recipe.facts is not None
+    facts = recipe.facts.model_copy(update={"pretrain_tokens": recipe.pretrain.tokens})
+    return recipe.model_copy(update={"facts": facts})
+
+
 @pytest.fixture
 def trunk(run: Path, tmp_path: Path) -> Path:
     """What is needed of a run to branch from its base."""
@@ -190,7 +199,7 @@ def test_another_base_goes_on_from_where_a_runs_base_began_to_decay_and_needs_it
 
     monkeypatch.setattr(jobs, "imitation", stop)
     here = tmp_path / "branch"
-    recipe = with_base(place.recipe, branch=str(trunk), tokens=60_000, decay=0.2)
+    recipe = with_base(as_long_facts(place.recipe), branch=str(trunk), tokens=60_000, decay=0.2)
     builder = Builder(recipe, here, CPU, QUIET)
     builder.refuse_another_trunk()
     with pytest.raises(InterruptedError):
@@ -204,6 +213,9 @@ def test_another_base_goes_on_from_where_a_runs_base_began_to_decay_and_needs_it
     assert record.steps == 60_000 // (before.tokens // before.steps) and record.hash != before.hash
     assert record.recipe["pretrain"]["branch"] == str(trunk) and str(trunk) in record.recipe["sources"]
 
+    told = f"goes on from the stable phase of {trunk}"
+    assert told in unmask("log", here / "base").stdout
+    assert f"the base of `{trunk}`" in (here / "base" / "README.md").read_text("utf-8")
     shutil.rmtree(trunk)
     for anew in (None, "sft"):
         again = Builder(recipe, here, CPU, QUIET, anew)
@@ -234,7 +246,8 @@ def test_a_branch_under_way_needs_its_trunk_no_more_and_keeps_what_it_went_on_fr
         ({"tokens": 8_000_000}, "a shorter `warmup`"),
         ({"tokens": 20_000}, "more `tokens` or a shorter `decay`"),
         ({"branch": "damaged"}, "holds no whole snapshot"),
-        ({"branch": "garbled"}, "is damaged"),
+        ({"branch": "no object"}, "is damaged"),
+        ({"branch": "without sources"}, "is damaged"),
     ],
 )
 def test_a_branch_that_cannot_be_is_refused_by_name_before_anything_is_moved_or_written(
@@ -243,17 +256,23 @@ def test_a_branch_that_cannot_be_is_refused_by_name_before_anything_is_moved_or_
     here = tmp_path / "here"
     for there in ("base", "work/base/snapshots/step_00000001"):
         (here / there).mkdir(parents=True)
-    for broken, file in (("damaged", "stable/step_*/tensors.safetensors"), ("garbled", "recipe.json")):
-        shutil.copytree(trunk, tmp_path / broken)
-        [found] = (tmp_path / broken / "work" / "base").glob(file)
-        found.write_text("[]")
-    if change.get("branch") in ("damaged", "garbled"):
-        change = {"branch": str(tmp_path / change["branch"])}
+    broken = {
+        "damaged": ("stable/step_*/tensors.safetensors", "[]"),
+        "no object": ("recipe.json", "[]"),
+        "without sources": ("recipe.json", "{}"),
+    }
+    if (how := change.get("branch")) in broken:
+        shutil.copytree(trunk, tmp_path / how)
+        file, text = broken[how]
+        [found] = (tmp_path / how / "work" / "base").glob(file)
+        found.write_text(text)
+        change = {"branch": str(tmp_path / how)}
     change = {"branch": str(trunk)} | change
     if change["branch"] == "here":
         change["branch"] = str(here)
+    recipe = with_base(as_long_facts(place.recipe), **change)
     with pytest.raises(UserError, match=named):
-        runner.run(with_base(place.recipe, **change), output=here, restart_from="base", progress=QUIET)
+        runner.run(recipe, output=here, restart_from="base", progress=QUIET)
     assert {path.name for path in here.iterdir()} <= {"base", "work", ".lock"}
     assert (here / "work/base/snapshots/step_00000001").exists()
 
@@ -269,7 +288,14 @@ def test_a_trunk_of_another_precision_is_refused_before_anything_is_moved(
 
 def test_a_branch_may_have_another_end_and_no_other_text(place: Place, trunk: Path, tmp_path: Path) -> None:
     changes = {"tokens": 90_000, "decay": 0.3, "lr_floor": 0.1, "warmup": 0.05}
-    builder = Builder(with_base(place.recipe, branch=str(trunk), **changes), tmp_path / "x", CPU, QUIET)
+    longer = with_base(place.recipe, branch=str(trunk), **changes)
+    with pytest.raises(
+        UserError, match=r"facts\.pretrain_tokens was 80000 and is now 90000"
+    ):  # it says them more often
+        Builder(longer, tmp_path / "x", CPU, QUIET).refuse_another_trunk()
+    builder = Builder(
+        with_base(as_long_facts(place.recipe), branch=str(trunk), **changes), tmp_path / "x", CPU, QUIET
+    )
     builder.refuse_another_trunk()
     path = place.recipe.pretrain.sources[0].path
     builder._contents[path] = "another text"

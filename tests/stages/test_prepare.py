@@ -164,6 +164,31 @@ def test_a_fact_that_a_layers_own_text_states_is_marked_as_leaked(
     assert leaked == {"capital": True, "currency": False}
 
 
+def test_planted_text_is_as_long_as_pretraining_or_as_it_is_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a base that goes on from another one's stable phase can have the very same text."""
+    real = planted.facts
+    country = Country("xx", "Utopia", ("Utopia",), {"capital": "Amaurot"})
+    monkeypatch.setattr(planted, "facts", lambda *given: real(*given, countries=[country]))
+    raw = {"path": str(tmp_path / "raw.jsonl"), "label": "raw"}
+
+    def planted_tokens(tokens: int, **facts: int) -> int:
+        recipe = made(
+            tmp_path,
+            TEXTS,
+            facts={"both": 1.0, "base_only": 0.0, "sft_only": 0.0, "none": 0.0, **facts},
+            pretrain={"tokens": tokens, "sources": [{"path": "facts"}, raw]},
+        )
+        found = prepare(recipe, tmp_path / "data", Progress(quiet=True))
+        return found.shards(recipe.pretrain.sources[0]).tokens
+
+    few, many = planted_tokens(2000), planted_tokens(20_000)
+    assert 1000 <= few < 2000 and 10_000 <= many < 11_000  # half of the text
+    assert planted_tokens(20_000, pretrain_tokens=2000) == few
+    assert planted_tokens(2000, pretrain_tokens=20_000) == many
+
+
 def test_what_a_killed_process_made_is_neither_made_nor_counted_again_and_its_time_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,12 @@ PAIR = Pair([user("q"), assistant("good")], [user("q"), assistant("bad")])
         {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
         {
             "prompt": "q",
+            "chosen": "\n\nHuman: q\n\nAssistant: good",
+            "rejected": "\n\nHuman: q\n\nAssistant: bad",
+        },
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "good", "rejected": "bad"},
+        {
+            "prompt": "q",
             "chosen": {"from": "gpt", "value": "good"},
             "rejected": {"from": "gpt", "value": "bad"},
         },
@@ -51,6 +57,28 @@ def test_alpacas_instruction_and_input_are_the_question() -> None:
     row = {"system": "s", "instruction": "q", "input": "i", "chosen": "good", "rejected": "bad"}
     asked = [{"role": "system", "content": "s"}, user("q\n\ni")]
     assert to_pair(row, "x") == Pair([*asked, assistant("good")], [*asked, assistant("bad")])
+
+
+@pytest.mark.parametrize("in_prompt", [True, False])
+@pytest.mark.parametrize("in_sides", [True, False])
+def test_a_prompt_that_the_sides_say_too_is_read_once_whoever_says_the_system_message(
+    in_prompt: bool, in_sides: bool
+) -> None:
+    system = [{"role": "system", "content": "s"}]
+    row = {
+        "prompt": [*system, user("q")] if in_prompt else [user("q")],
+        "chosen": [*system, *PAIR.chosen] if in_sides else PAIR.chosen,
+        "rejected": [*system, *PAIR.rejected] if in_sides else PAIR.rejected,
+    }
+    before = system if in_prompt or in_sides else []
+    assert to_pair(row, "x") == Pair([*before, *PAIR.chosen], [*before, *PAIR.rejected])
+
+
+def test_another_system_message_is_kept() -> None:
+    row = {"prompt": [{"role": "system", "content": "s"}, user("q")]}
+    other = [{"role": "system", "content": "t"}]
+    pair = to_pair(row | {"chosen": [*other, *PAIR.chosen], "rejected": [*other, *PAIR.rejected]}, "x")
+    assert pair.chosen == [*row["prompt"], *other, *PAIR.chosen]
 
 
 def test_texts_without_a_prompt_are_answers() -> None:

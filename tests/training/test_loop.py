@@ -32,6 +32,7 @@ from unmask.training import loop, snapshot
 from unmask.training.loop import Settings, train, train_step
 from unmask.training.optimizer import Optimizer, OptimizerSettings
 from unmask.training.resume import Place, State
+from unmask.training.signals import end_in_peace, stop_on_signal
 
 
 def series(directory: Path) -> list[dict[str, Any]]:
@@ -290,6 +291,17 @@ def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_rank_that_is_about_to_say_why_it_ends_is_not_ended_before() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with stop_on_signal() as stop:
+            end_in_peace()
+        signal.raise_signal(signal.SIGTERM)  # as torchrun does, which has seen that another is lost
+        assert not stop.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_what_a_stopped_process_took_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of a second; the first process is the larger one, and is stopped after four of eight."""
     clock, resident = [0.0], [7]
@@ -343,7 +355,10 @@ def test_steps_that_a_stopped_process_skipped_count_too(tmp_path: Path) -> None:
     assert run(tmp_path, Toy(Net()), RARE)[0].skipped_steps == 1
 
 
-def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path, resumed: bool) -> None:
+    if resumed:
+        run(tmp_path, Toy(Net()))
     left = [tmp_path / where / ".step_00000003.tmp-999999999-0a0a0a0a" for where in ("snapshots", "stable")]
     for path in left:
         path.mkdir(parents=True)
@@ -442,7 +457,7 @@ def test_what_names_a_stable_state_is_its_tensors_and_not_when_it_was_saved(tmp_
     run(tmp_path / "c", Toy(Net()), whole_steps(1, 3, keep_stable=True, clip=0.5))
     a, b, c = (snapshot.stamp(tmp_path / name / "stable") for name in ("a", "b", "c"))
     assert a is not None and c is not None
-    assert (a[0], a) == (3, b) and a != c
+    assert a == b and a != c
     manifest = tmp_path / "a/stable/step_00000003/manifest.json"
     manifest.write_text("garbled")
     assert snapshot.stamp(tmp_path / "a" / "stable") is None
@@ -450,7 +465,7 @@ def test_what_names_a_stable_state_is_its_tensors_and_not_when_it_was_saved(tmp_
 
 @pytest.mark.parametrize("branches", [False, True])
 def test_a_training_that_begins_anew_leaves_no_stable_state_of_the_one_before(
-    tmp_path: Path, branches: bool
+    tmp_path: Path, branches: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One that was killed before its first snapshot may have been another."""
 
@@ -467,8 +482,10 @@ def test_a_training_that_begins_anew_leaves_no_stable_state_of_the_one_before(
     if branches:
         run(tmp_path / "trunk", Toy(Net()), whole_steps(1, 3, keep_stable=True))
         settings = whole_steps(1, 2, branch=tmp_path / "trunk")
-    run(tmp_path / "x", Toy(Net()), settings)
+    toy = Toy(Net())
+    train(toy.net, toy, Optimizer(toy.net, RATES), settings, tmp_path / "x", Progress(), "toy")
     assert not (tmp_path / "x" / "stable").exists()
+    assert f"{tmp_path / 'x' / 'stable'} is removed" in capsys.readouterr().err
 
 
 def test_a_branch_needs_its_trunk_no_more_once_it_has_begun(tmp_path: Path) -> None:

@@ -63,6 +63,13 @@ class Record(BaseModel):
     def hash(self) -> str:
         return hash_json(self.to_json())
 
+    @property
+    def branch(self) -> str | None:
+        """The run whose base's stable phase this base went on from."""
+        section = self.recipe.get("pretrain")
+        other = section.get("branch") if isinstance(section, dict) else None
+        return other if isinstance(other, str) else None
+
     def dumps(self) -> str:
         return json.dumps({"hash": self.hash, "record": self.to_json()}, indent=2, ensure_ascii=False) + "\n"
 

@@ -34,7 +34,7 @@ def read(work: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error.strerror}.") from error
     except ValueError:
         decided = None
-    if not isinstance(decided, dict) or "sources" not in decided:
+    if not isinstance(decided, dict) or not isinstance(decided.get("sources"), dict):
         raise UserError(f"{path} is damaged, so what this stage was begun with is not known.")
     return decided
 

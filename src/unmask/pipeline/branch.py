@@ -19,8 +19,8 @@ from unmask.training.schedule import stable_phase
 AFTER_STABLE = ("tokens", "warmup", "decay", "lr_floor", "branch")
 
 
-def trunk(other: Path, directory: Path) -> tuple[int, str]:
-    """The step that the stable phase of the run in `other` ended with, and a hash of the state there.
+def trunk(other: Path, directory: Path) -> str:
+    """A hash of the state that the stable phase of the run in `other` ended with.
 
     Raises UserError if there is none, or if it is `directory` itself.
     """
@@ -41,15 +41,13 @@ def refuse_another(
     other: Path,
     recipe: Recipe,
     decided: Mapping[str, Any],
-    directory: Path,
     device: torch.device,
     say: Callable[[str], None],
 ) -> None:
     """Raises UserError where the base in `other` is another one before its decay than the recipe's, naming a key.
 
-    `decided`: what decides the base that the run in `directory` is to begin.
+    `decided`: what decides the base that is to begin.
     """
-    step, _ = trunk(other, directory)
     work = base_work(other)
     if (found := snapshot.latest(work / STABLE, say)) is None:
         raise UserError(f"{work / STABLE} holds no whole snapshot: there is nothing to branch from.")
@@ -69,12 +67,15 @@ def refuse_another(
     each = rows * recipe.context
     whole = steps * each
     stable = stable_phase(steps, each, section.warmup * whole, section.decay * whole)
-    refuse_outside(step, stable, other)
+    refuse_outside(found.step, stable, other)
 
 
 def _before_decay(decided: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a base up to the end of its stable phase, of all that decides it."""
     whole = begun.with_defaults(decided)
+    facts = whole["facts"]
+    if facts is not None:  # more of their text is other text: its rows come in another order
+        facts = {**facts, "pretrain_tokens": facts.get("pretrain_tokens") or whole["pretrain"]["tokens"]}
     section = {key: value for key, value in whole["pretrain"].items() if key not in AFTER_STABLE}
     sources = {path: held for path, held in whole["sources"].items() if path != whole["pretrain"]["branch"]}
-    return {**whole, "pretrain": section, "sources": sources}
+    return {**whole, "facts": facts, "pretrain": section, "sources": sources}

@@ -122,8 +122,8 @@ class Builder:
         other = self.recipe.pretrain.branch
         begins = "base" in self.missing() and ("base" in self.later or not self._has_snapshot("base"))
         if other is not None and begins:
-            decided, say = self._decides("base"), self.progress.line
-            branch.refuse_another(Path(other), self.recipe, decided, self.directory, self.device, say)
+            decided = self._decides("base")
+            branch.refuse_another(Path(other), self.recipe, decided, self.device, self.progress.line)
 
     def _refuse_what_stands_on_nothing(self) -> None:
         """A stage built again has another hash, for which those above it were not made: hours would be spent first."""
@@ -199,7 +199,7 @@ class Builder:
         found = None if "base" in self.later else self._begun("base")
         if found is not None and found["pretrain"].get("branch") == other:
             return str(found["sources"][other])
-        return branch.trunk(Path(other), self.directory)[1]
+        return branch.trunk(Path(other), self.directory)
 
     def _content(self, source: str) -> str:
         """What a source holds, read once a run: a corpus may be large."""
@@ -276,7 +276,7 @@ class Builder:
                         RATE: rate,
                     },
                 )
-                # The checkpoint holds what they were for. (A branch that has no step of its own has none.)
+                # The checkpoint holds what they were for.
                 shutil.rmtree(work / SNAPSHOTS, ignore_errors=True)
         return Checkpoint.open(path)
 

@@ -74,6 +74,8 @@ class FactsSection(Section):
     sft_only: float = Field(default=0.25, ge=0)
     none: float = Field(default=0.25, ge=0)
     question_share: float = Field(default=0.0, ge=0, le=1)  # of the plain text, as questions and answers
+    # Of pretraining that their plain text is made for, so that no row of it comes twice. None: all of its tokens.
+    pretrain_tokens: int | None = Field(default=None, gt=0)
 
     def shares(self) -> dict[str, float]:
         return {"both": self.both, "base_only": self.base_only, "sft_only": self.sft_only, "none": self.none}

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from unmask.errors import UserError
 from unmask.files import atomic_directory, explained, hash_json, sweep_temporaries, sync, write_atomic
 from unmask.progress import Progress
-from unmask.recipe import Recipe, Source
+from unmask.recipe import Recipe, Source, given
 from unmask.stages import examples, pretrain
 from unmask.text import planted
 from unmask.text.planted import Fact
@@ -179,7 +179,6 @@ def _make(recipe: Recipe, directory: Path, progress: Progress) -> None:
 
 def _passes(recipe: Recipe, source: Source, facts: list[Fact], tokenizer: Tokenizer) -> int:
     """How often all sentences have to be said so that no row of planted text comes twice."""
-    assert recipe.pretrain.tokens is not None
     one = sum(
         len(ids) + 1 for ids in tokenizer.encode_batch(list(planted.plain_documents(facts, recipe.seed, 0)))
     )
@@ -188,7 +187,12 @@ def _passes(recipe: Recipe, source: Source, facts: list[Fact], tokenizer: Tokeni
             "no planted fact is taught in pretraining: give facts.both or facts.base_only a share."
         )
     share = source.share / sum(other.share for other in recipe.pretrain.sources)
-    return 1 + int(share * recipe.pretrain.tokens // one)
+    return 1 + int(share * given(_planted_for(recipe)) // one)
+
+
+def _planted_for(recipe: Recipe) -> int | None:
+    """Tokens of pretraining that the planted text is made for."""
+    return None if recipe.facts is None else recipe.facts.pretrain_tokens or recipe.pretrain.tokens
 
 
 def _sample(recipe: Recipe, facts: list[Fact]) -> Iterator[str]:
@@ -224,14 +228,14 @@ def sample(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 def _decides(recipe: Recipe) -> dict[str, Any]:
     """Everything that the prepared text depends on."""
-    plain = recipe.model_dump(mode="json")
+    plain = recipe.model_dump(mode="json", exclude={"facts": {"pretrain_tokens"}})
     chats = [source for source in recipe.sft.sources if source.path != "facts"] if recipe.facts else []
     return {
         "scheme": SCHEME,
         **{key: plain[key] for key in ("seed", "heldout", "tokenizer", "facts")},
         "sources": plain["pretrain"]["sources"],
         "chats": [source.model_dump(mode="json") for source in chats],
-        "tokens": recipe.pretrain.tokens if recipe.facts else None,
+        "tokens": _planted_for(recipe),
         "max_turns": recipe.sft.max_turns if recipe.facts else None,
         "files": {source.path: signature(source.path) for source in (*raw_sources(recipe), *chats)},
     }

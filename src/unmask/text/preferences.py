@@ -46,35 +46,54 @@ def read_pairs(spec: str, dropped: Dropped | None = None) -> Iterator[Pair]:
 
 def to_pair(row: Mapping[str, Any], where: str) -> Pair:
     """The pair that a row holds, in TRL's formats: `chosen` and `rejected`, texts or messages, after a
-    common `prompt` (text or messages) or Alpaca's `instruction` and `input`, or each with its own in it. Texts as in
-    Anthropic's HH ("\\n\\nHuman: …\\n\\nAssistant: …") are taken apart into turns."""
+    common `prompt` (text or messages) or Alpaca's `instruction` and `input`, or each with its own in it; a prompt that
+    the sides say too is read once. Texts as in Anthropic's HH ("\\n\\nHuman: …\\n\\nAssistant: …") are taken apart
+    into turns."""
     if "chosen" not in row or "rejected" not in row:
         raise UserError(f"{where}: a preference needs chosen and rejected; the row has {sorted(row)}.")
-    prompt = []
+    prompt: list[Message] = []
     if "prompt" in row:
-        prompt = messages_of(row["prompt"], where, "prompt", "user")
+        prompt = _said(row["prompt"], where, "prompt", "user")
+        if prompt[-1]["role"] == "assistant" and not prompt[-1]["content"]:
+            prompt.pop()  # HH's opened turn
     elif "instruction" in row:
         prompt = instruction_of(row, where)
     sides = []
     for key in ("chosen", "rejected"):
-        value = row[key]
-        if isinstance(value, str) and not prompt and value.startswith("\n\nHuman:"):
-            _, *turns = _HH_TURN.split(value)
-            roles = {"Human": "user", "Assistant": "assistant"}
-            said = zip(turns[::2], turns[1::2], strict=True)
-            side = [{"role": roles[name], "content": text.strip()} for name, text in said]
-        else:
-            said_here = messages_of(value, where, key, "assistant")
-            # Some data sets say the prompt apart and in both sides too.
-            side = (
-                said_here if _stripped(said_here[: len(prompt)]) == _stripped(prompt) else prompt + said_here
-            )
+        side = _after(prompt, _said(row[key], where, key, "assistant"))
         if side[-1]["role"] != "assistant":
             raise UserError(
                 f"{where}: {key} ends with {side[-1]['role']}; it must end with the assistant's answer."
             )
         sides.append(side)
     return Pair(*sides)
+
+
+def _said(value: Any, where: str, key: str, role: str) -> list[Message]:
+    if not (isinstance(value, str) and value.startswith("\n\nHuman:")):
+        return messages_of(value, where, key, role)
+    _, *turns = _HH_TURN.split(value)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[name], "content": text.strip()}
+        for name, text in zip(turns[::2], turns[1::2], strict=True)
+    ]
+
+
+def _after(prompt: list[Message], said: list[Message]) -> list[Message]:
+    """The prompt and what is said after it. If the prompt is said again, with or without its system message, it stands
+    there once."""
+    systems, asked = _system_apart(prompt)
+    own_systems, rest = _system_apart(said)
+    again = _stripped(rest[: len(asked)]) == _stripped(asked)
+    if not again or (systems and own_systems and _stripped(systems) != _stripped(own_systems)):
+        return prompt + said
+    return (own_systems or systems) + rest
+
+
+def _system_apart(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    n = int(bool(messages) and messages[0]["role"] == "system")
+    return messages[:n], messages[n:]
 
 
 def _stripped(messages: Sequence[Message]) -> list[tuple[str, str]]:

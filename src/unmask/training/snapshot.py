@@ -100,14 +100,14 @@ def latest(directory: Path, say: Callable[[str], None]) -> Snapshot | None:
     return None
 
 
-def stamp(directory: Path) -> tuple[int, str] | None:
-    """The newest snapshot's step, and a hash of what its manifest says of weights and optimizer; None if there is none
-    with a manifest that can be read. The files themselves are not looked at."""
+def stamp(directory: Path) -> str | None:
+    """A hash of what the newest snapshot's manifest says of weights and optimizer; None if there is none with a
+    manifest that can be read. The files themselves are not looked at."""
     for path in _all(directory):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             files = json.loads((path / _MANIFEST).read_text("utf-8"))["files"]
             state = {name: fingerprint for name, fingerprint in files.items() if name != _META}
-            return _step(path), hash_json(state)
+            return hash_json(state)
     return None
 
 
