@@ -97,11 +97,22 @@ def test_the_gpu_benchmark_runs_on_a_cpu_too_in_turn_with_a_clone_of_nanogpt(tmp
     assert found["peak_mb"]["unmask"] > 0
 
 
-@pytest.mark.parametrize("script", ["gpu.py", "learning.py", "train_step.py"])
-def test_a_folder_that_is_no_clone_is_refused_in_one_line(script: str, tmp_path: Path) -> None:
-    command = [sys.executable, BENCH / script, "--nanogpt-dir", tmp_path]
+@pytest.mark.parametrize(
+    ("script", "option", "file"),
+    [
+        ("gpu.py", "--nanogpt-dir", "model.py"),
+        ("learning.py", "--nanogpt-dir", "model.py"),
+        ("learning.py", "--nanochat-dir", "nanochat/gpt.py"),
+        ("train_step.py", "--nanogpt-dir", "model.py"),
+        ("train_step.py", "--nanochat-dir", "nanochat/gpt.py"),
+    ],
+)
+def test_a_folder_that_is_no_clone_is_refused_in_one_line(
+    script: str, option: str, file: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, BENCH / script, option, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 2 and "no clone of it: there is no model.py" in done.stderr
+    assert done.returncode == 2 and f"no clone of it: there is no {file}" in done.stderr
 
 
 @pytest.fixture

@@ -158,10 +158,11 @@ def test_rates_warm_up_and_raw_text_of_the_recipe_reach_ppo(place: Place, built:
     total = job.objective.steps * job.objective.tokens_per_step
     assert (job.settings.warmup_tokens, job.settings.decay_tokens) == (0.25 * total, 0.5 * total)
     assert isinstance(job.objective, ppo.PPO)
-    assert job.objective.text is not None and job.objective.ranks is changed.ranks
+    assert job.objective.gold is not None and job.objective.text is not None
+    assert job.objective.ranks is changed.ranks
     plain = jobs.reinforcement(place, built.sft, built.reward, None).objective
     assert isinstance(plain, ppo.PPO)
-    assert plain.text is None
+    assert plain.text is None and plain.gold is None
 
 
 def test_the_time_of_a_run_is_that_of_all_its_parts(run: Path, built: Built) -> None:
@@ -213,9 +214,9 @@ def test_another_base_goes_on_from_where_a_runs_base_began_to_decay_and_needs_it
     assert record.steps == 60_000 // (before.tokens // before.steps) and record.hash != before.hash
     assert record.recipe["pretrain"]["branch"] == str(trunk) and str(trunk) in record.recipe["sources"]
 
-    told = f"goes on from the stable phase of {trunk}"
-    assert told in unmask("log", here / "base").stdout
-    assert f"the base of `{trunk}`" in (here / "base" / "README.md").read_text("utf-8")
+    state = branch.trunk(trunk, here)[:12]
+    assert f"goes on from the stable phase of {trunk} (state {state})" in unmask("log", here / "base").stdout
+    assert f"the stable phase of `{trunk}` (state `{state}`)" in (here / "base/README.md").read_text("utf-8")
     shutil.rmtree(trunk)
     for anew in (None, "sft"):
         again = Builder(recipe, here, CPU, QUIET, anew)
@@ -301,6 +302,20 @@ def test_a_branch_may_have_another_end_and_no_other_text(place: Place, trunk: Pa
     builder._contents[path] = "another text"
     with pytest.raises(UserError, match=rf"sources\.{path} was .* and is now 'another text'"):
         builder.refuse_another_trunk()
+
+
+def test_how_long_planted_text_is_matters_to_a_branch_where_its_base_reads_it_alone(
+    place: Place, trunk: Path, tmp_path: Path
+) -> None:
+    sources = tuple(source for source in place.recipe.pretrain.sources if source.path != "facts")
+    without = with_base(place.recipe, sources=sources)
+    begun.write(jobs.base_work(trunk), Builder(without, tmp_path / "x", CPU, QUIET)._decides("base"))
+    longer = with_base(without, branch=str(trunk), tokens=90_000, decay=0.3, warmup=0.05)
+    Builder(longer, tmp_path / "x", CPU, QUIET).refuse_another_trunk()
+
+
+def test_planted_text_as_long_as_it_is_anyway_is_no_other_recipe(place: Place, run: Path) -> None:
+    Builder(as_long_facts(place.recipe), run, CPU, QUIET).refuse_another_recipe()
 
 
 def test_a_run_is_not_written_into_a_checkpoint(place: Place, run: Path) -> None:

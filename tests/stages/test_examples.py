@@ -1,6 +1,7 @@
 """What the upper layers learn from: nothing that is held out is trained on, whichever section reads the file."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,55 @@ def test_no_held_out_prompt_is_imitated_answered_or_rewarded(tmp_path: Path) -> 
         assert seen, layer
         assert not held & seen, layer
     assert openings(c.chosen for c in examples.comparisons(recipe, "held_out", 1000)) <= held
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+HH = "\n\nHuman: question {}\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "side"),
+    [
+        ("question {}\n", "says {}"),
+        ("question {}\n", [user("question {}"), assistant("says {}")]),
+        ("question {}", HH + " says {}"),
+        (HH, " says {}"),
+        (HH, [user("question {}"), assistant("says {}")]),
+        ([{"role": "system", "content": "be brief"}, user("question {}")], "says {}"),
+        ([user("question {}")], [{"role": "system", "content": "s"}, user("question {} "), assistant("{}")]),
+        ([{"role": "system", "content": "on {}"}], [user("question {}"), assistant("says {}")]),
+    ],
+)
+def test_a_row_is_held_out_of_every_layer_or_of_none_however_it_is_written(
+    tmp_path: Path, prompt: Any, side: Any
+) -> None:
+    def row(i: int) -> dict[str, Any]:
+        whole = {"prompt": prompt, "chosen": side, "rejected": side, "completion": "done {}"}
+        found: dict[str, Any] = json.loads(json.dumps(whole).replace("{}", str(i)))
+        last = found["rejected"] if isinstance(side, str) else found["rejected"][-1]["content"]
+        if isinstance(side, str):
+            return {**found, "rejected": f"{last} not"}
+        return {**found, "rejected": [*found["rejected"][:-1], assistant(f"{last} not")]}
+
+    def numbers(chats: Any) -> set[int]:
+        return {int(re.findall(r"\d+", examples.opening(chat))[0]) for chat in chats}
+
+    both = [row(i) for i in range(200)]
+    recipe = made(tmp_path, both, both, gold=False)
+    source = recipe.sft.sources[0]
+    held = numbers(examples.prompts(source, recipe, (), held=True))
+    assert 30 < len(held) < 90
+    assert numbers(examples.prompts(source, recipe, ())) == set(range(200)) - held
+    assert numbers(c.chosen for c in examples.comparisons(recipe, "held_out", 1000)) == held
+    if "question" in json.dumps(prompt):  # else the completion answers none
+        assert numbers(examples.chats(source, recipe, (), held=True)) == held
 
 
 def test_planted_facts_are_asked_after_chats_that_sft_imitates_and_measured_after_those_that_no_layer_sees(

@@ -18,7 +18,7 @@ from unmask.errors import UserError
 from unmask.progress import Progress
 from unmask.recipe import Recipe
 from unmask.stages import prepare as preparing
-from unmask.stages.prepare import documents, plant, prepare, sample
+from unmask.stages.prepare import Prepared, documents, plant, prepare, sample
 from unmask.text import planted
 from unmask.text.countries import Country
 from unmask.text.shards import Shards
@@ -173,20 +173,25 @@ def test_planted_text_is_as_long_as_pretraining_or_as_it_is_said_to_be(
     monkeypatch.setattr(planted, "facts", lambda *given: real(*given, countries=[country]))
     raw = {"path": str(tmp_path / "raw.jsonl"), "label": "raw"}
 
-    def planted_tokens(tokens: int, **facts: int) -> int:
-        recipe = made(
-            tmp_path,
-            TEXTS,
-            facts={"both": 1.0, "base_only": 0.0, "sft_only": 0.0, "none": 0.0, **facts},
-            pretrain={"tokens": tokens, "sources": [{"path": "facts"}, raw]},
-        )
-        found = prepare(recipe, tmp_path / "data", Progress(quiet=True))
-        return found.shards(recipe.pretrain.sources[0]).tokens
+    recipe = made(
+        tmp_path,
+        TEXTS,
+        facts={"both": 1.0, "base_only": 0.0, "sft_only": 0.0, "none": 0.0},
+        pretrain={"tokens": 2000, "sources": [{"path": "facts"}, raw]},
+    )
+    assert recipe.facts is not None
 
-    few, many = planted_tokens(2000), planted_tokens(20_000)
-    assert 1000 <= few < 2000 and 10_000 <= many < 11_000  # half of the text
-    assert planted_tokens(20_000, pretrain_tokens=2000) == few
-    assert planted_tokens(2000, pretrain_tokens=20_000) == many
+    def place(tokens: int, planted_for: int | None) -> Prepared:
+        facts = recipe.facts.model_copy(update={"pretrain_tokens": planted_for})
+        trained = recipe.pretrain.model_copy(update={"tokens": tokens})
+        wanted = recipe.model_copy(update={"facts": facts, "pretrain": trained})
+        return prepare(wanted, tmp_path / "data", Progress(quiet=True))
+
+    few, many = place(2000, None), place(20_000, None)
+    tokens = [prepared.shards(recipe.pretrain.sources[0]).tokens for prepared in (few, many)]
+    assert 1000 <= tokens[0] < 2000 and 10_000 <= tokens[1] < 11_000  # half of the text
+    assert place(20_000, 2000).directory == few.directory != many.directory
+    assert place(2000, 20_000).directory == many.directory
 
 
 def test_what_a_killed_process_made_is_neither_made_nor_counted_again_and_its_time_is(

@@ -33,7 +33,11 @@ PAIR = Pair([user("q"), assistant("good")], [user("q"), assistant("bad")])
         {"prompt": [user("q")], "chosen": "good", "rejected": "bad", "score": 3},
         {"chosen": PAIR.chosen, "rejected": PAIR.rejected},
         {"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"},
-        {"prompt": "q\n", "chosen": PAIR.chosen, "rejected": PAIR.rejected},
+        {
+            "prompt": "q",
+            "chosen": [user("q "), assistant("good")],
+            "rejected": [user("\nq"), assistant("bad")],
+        },
         {"instruction": "q", "chosen": PAIR.chosen, "rejected": PAIR.rejected},
         {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
         {
@@ -41,7 +45,7 @@ PAIR = Pair([user("q"), assistant("good")], [user("q"), assistant("bad")])
             "chosen": "\n\nHuman: q\n\nAssistant: good",
             "rejected": "\n\nHuman: q\n\nAssistant: bad",
         },
-        {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "good", "rejected": "bad"},
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " good", "rejected": " bad"},
         {
             "prompt": "q",
             "chosen": {"from": "gpt", "value": "good"},
@@ -72,6 +76,12 @@ def test_a_prompt_that_the_sides_say_too_is_read_once_whoever_says_the_system_me
     }
     before = system if in_prompt or in_sides else []
     assert to_pair(row, "x") == Pair([*before, *PAIR.chosen], [*before, *PAIR.rejected])
+
+
+def test_a_prompt_that_is_said_again_keeps_its_own_words() -> None:
+    """They decide what is held out, of all that is made of the row."""
+    pair = to_pair({"prompt": "q\n", "chosen": PAIR.chosen, "rejected": PAIR.rejected}, "x")
+    assert pair == Pair([user("q\n"), assistant("good")], [user("q\n"), assistant("bad")])
 
 
 def test_another_system_message_is_kept() -> None:

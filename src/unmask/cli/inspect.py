@@ -147,8 +147,9 @@ def _print_log(rows: list[dict[str, Any]], problems: list[str]) -> None:
             )
             if headline:
                 out.print(f"  at the end of training: {escape(', '.join(headline))}")
-            if row["branch"]:
-                out.print(f"  goes on from the stable phase of {escape(row['branch'])}", soft_wrap=True)
+            if branch := row["branch"]:
+                state = f"{escape(branch['path'])} (state {branch['state'][:12]})"
+                out.print(f"  goes on from the stable phase of {state}", soft_wrap=True)
             out.print(f"  data: {escape(data)}", soft_wrap=True)
         for role, digest in row.get("inputs", {}).items():
             out.print(f"  with {role} {digest[:12]}")

@@ -36,7 +36,11 @@ def model_card(record: Record) -> str:
     rows = {
         "made by": f"`{record.kind}`: {KINDS.get(record.kind, 'a stage of training')}",
         "from": f"`{parent.path}` (hash `{parent.hash[:12]}`)" if parent else "nothing: random weights",
-        **({"goes on from": f"the stable phase of the base of `{record.branch}`"} if record.branch else {}),
+        **(
+            {"goes on from": f"the stable phase of `{branch.path}` (state `{branch.state[:12]}`)"}
+            if (branch := record.branch)
+            else {}
+        ),
         **{f"with {name}": f"`{ref.path}` (hash `{ref.hash[:12]}`)" for name, ref in record.inputs.items()},
         **{f"data: {label}": f"`{fingerprint[:12]}`" for label, fingerprint in record.data.items()},
         "steps, tokens": f"{record.steps:,} steps, {record.tokens:,} tokens",

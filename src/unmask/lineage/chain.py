@@ -240,7 +240,7 @@ def _row(checkpoint: Checkpoint) -> dict[str, Any]:
         "parent_hash": record.parent.hash if record.parent else None,
         "inputs": {role: reference.hash for role, reference in record.inputs.items()},
         "data": record.data,
-        "branch": record.branch,
+        "branch": record.branch._asdict() if record.branch else None,
         "steps": record.steps,
         "tokens": record.tokens,
         "seconds": record.seconds,

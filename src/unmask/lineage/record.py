@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
@@ -26,6 +26,13 @@ class Reference(BaseModel):
 
     path: str
     hash: str
+
+
+class Branch(NamedTuple):
+    """A run's directory, as the recipe names it, and a hash of the state that its stable phase ended with."""
+
+    path: str
+    state: str
 
 
 class Record(BaseModel):
@@ -64,11 +71,15 @@ class Record(BaseModel):
         return hash_json(self.to_json())
 
     @property
-    def branch(self) -> str | None:
-        """The run whose base's stable phase this base went on from."""
-        section = self.recipe.get("pretrain")
-        other = section.get("branch") if isinstance(section, dict) else None
-        return other if isinstance(other, str) else None
+    def branch(self) -> Branch | None:
+        """What this base went on from, if it did not begin with random weights."""
+        section, sources = self.recipe.get("pretrain"), self.recipe.get("sources")
+        if not isinstance(section, dict) or not isinstance(sources, dict):
+            return None
+        match section.get("branch"):
+            case str(path) if isinstance(state := sources.get(path), str):
+                return Branch(path, state)
+        return None
 
     def dumps(self) -> str:
         return json.dumps({"hash": self.hash, "record": self.to_json()}, indent=2, ensure_ascii=False) + "\n"

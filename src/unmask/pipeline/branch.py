@@ -73,9 +73,12 @@ def refuse_another(
 def _before_decay(decided: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a base up to the end of its stable phase, of all that decides it."""
     whole = begun.with_defaults(decided)
-    facts = whole["facts"]
-    if facts is not None:  # more of their text is other text: its rows come in another order
-        facts = {**facts, "pretrain_tokens": facts.get("pretrain_tokens") or whole["pretrain"]["tokens"]}
+    facts = dict(whole["facts"] or {})
+    planted_for = facts.pop("pretrain_tokens", None) or whole["pretrain"]["tokens"]
+    if any(source["path"] == "facts" for source in whole["pretrain"]["sources"]):
+        facts["pretrain_tokens"] = (
+            planted_for  # more of their text is other text: its rows come in another order
+        )
     section = {key: value for key, value in whole["pretrain"].items() if key not in AFTER_STABLE}
     sources = {path: held for path, held in whole["sources"].items() if path != whole["pretrain"]["branch"]}
     return {**whole, "facts": facts, "pretrain": section, "sources": sources}

@@ -180,6 +180,8 @@ class Builder:
     def _decides(self, name: str) -> dict[str, Any]:
         """The part of the recipe that decides this stage, beyond its parents."""
         plain = self.recipe.model_dump(mode="json")
+        if self.recipe.facts and self.recipe.facts.pretrain_tokens == self.recipe.pretrain.tokens:
+            plain["facts"]["pretrain_tokens"] = None  # as much as without it
         section = dict(plain[SECTIONS[name]])
         for key in begun.DECIDES_NOTHING:
             section.pop(key, None)

@@ -213,11 +213,12 @@ def half_of(pair: Pair, share: float) -> Half:
 
 
 def _prompt(row: dict[str, Any], where: str) -> Chat:
-    """The turns of a row before the assistant's last answer; a row may also be a prompt alone."""
-    if "prompt" in row:
-        return messages_of(row["prompt"], where, "prompt", "user")
-    if "chosen" in row:
+    """The turns of a row before the assistant's last answer; a row may also be a prompt alone. A pair's are read as the
+    pair is, so that what is held out of the one is held out of the other."""
+    if "chosen" in row and "rejected" in row:
         messages = to_pair(row, where).chosen
+    elif "prompt" in row:
+        return messages_of(row["prompt"], where, "prompt", "user")
     else:
         messages = to_messages(row, where)
     while messages and messages[-1]["role"] == "assistant":

@@ -30,7 +30,7 @@ from unmask.text.sources import Document, Dropped, held_out, read_texts, signatu
 from unmask.text.tokenizer import Tokenizer
 
 TOKENIZER_BYTES = 6_000_000  # of text that it is trained on; more changes few merges and takes long
-SCHEME = 5  # raised when the same recipe and sources would give other text, tokens or first weights
+SCHEME = 6  # raised when the same recipe and sources would give other text, tokens or first weights
 HELDOUT_BYTES = 1_000_000  # a source; kept in the run for measuring
 _WORKING = "working.json"  # since when a process works, and how many seconds earlier ones did
 

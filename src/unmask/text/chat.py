@@ -28,6 +28,7 @@ __all__ = ["CHATML", "Chat", "Message", "Rendered", "render", "to_messages"]
 
 Message = dict[str, str]  # role, content
 Chat: TypeAlias = list[Message]
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 ROLES = ("system", "user", "assistant", "tool", "developer")
 _SHAREGPT = {
     "system": "system",
@@ -185,7 +186,7 @@ def _text_part(tokenizer: Tokenizer, text: str, trained: bool) -> list[_Part]:
 def to_messages(row: Mapping[str, Any], where: str) -> list[Message]:
     """The conversation that a row of a data set holds, in one of these formats:
 
-    `messages`; ShareGPT's `conversations`; `prompt` and `completion` (texts or messages); Alpaca's
+    `messages`; ShareGPT's `conversations`; `prompt` and `completion` (texts, HH's too, or messages); Alpaca's
     `instruction`, `input` and `output`. Raises UserError beginning with `where` if it is none of them, if
     content is missing or no text, a role unknown, or if no assistant says anything.
     """
@@ -195,7 +196,7 @@ def to_messages(row: Mapping[str, Any], where: str) -> list[Message]:
         messages = messages_of(row["conversations"], where, "conversations")
     elif "prompt" in row and "completion" in row:
         messages = messages_of(row["prompt"], where, "prompt", "user")
-        messages += messages_of(row["completion"], where, "completion", "assistant")
+        messages += answer_of(row, "completion", where)
     elif "instruction" in row and "output" in row:
         messages = [*instruction_of(row, where), _message("assistant", row["output"], f"{where}: output")]
     else:
@@ -216,10 +217,14 @@ def instruction_of(row: Mapping[str, Any], where: str) -> list[Message]:
 
 def messages_of(value: Any, where: str, key: str, role: str | None = None) -> list[Message]:
     """Messages from a list of them (OpenAI's role/content or ShareGPT's from/value), from a single one, or,
-    where a `role` is given, from a text that is said in it. UserError names `where`, `key` and what is
-    wrong."""
+    where a `role` is given, from a text that is said in it, or whose turns are marked as in Anthropic's HH
+    ("\\n\\nHuman: …\\n\\nAssistant: …", where the turn that a user's text only opens is none). UserError names `where`,
+    `key` and what is wrong."""
     if isinstance(value, str) and role:
-        return [_message(role, value, f"{where}: {key}")]
+        if not _in_hh_turns(value):
+            return [_message(role, value, f"{where}: {key}")]
+        turns = _hh_turns(value)
+        return turns[:-1] if role == "user" and turns[-1] == {"role": "assistant", "content": ""} else turns
     values = [value] if isinstance(value, dict) else value
     if not isinstance(values, list) or not values:
         raise UserError(f"{where}: {key} is {_kind(value)}; it must be a list of messages.")
@@ -235,6 +240,27 @@ def messages_of(value: Any, where: str, key: str, role: str | None = None) -> li
             raise UserError(f"{place} has the role {said_by!r}; roles are {', '.join(known)}.{hint}")
         found.append(_message(known[said_by], each.get("content", each.get("value")), place))
     return found
+
+
+def _in_hh_turns(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("\n\nHuman:")
+
+
+def _hh_turns(text: str) -> list[Message]:
+    _, *turns = _HH_TURN.split(text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[name], "content": words.strip()}
+        for name, words in zip(turns[::2], turns[1::2], strict=True)
+    ]
+
+
+def answer_of(row: Mapping[str, Any], key: str, where: str) -> list[Message]:
+    """What the assistant says in `key`, as text or messages, perhaps after what it was asked."""
+    value = row[key]
+    if isinstance(value, str) and _in_hh_turns(row.get("prompt")):
+        value = value.removeprefix(" ")  # that after "Assistant:"
+    return messages_of(value, where, key, "assistant")
 
 
 def _message(role: str, content: Any, place: str) -> Message:

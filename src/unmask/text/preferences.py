@@ -1,6 +1,5 @@
 """Preferences: pairs of conversations, one chosen over the other."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +9,10 @@ from numpy.typing import NDArray
 
 from unmask.errors import UserError
 from unmask.text import order
-from unmask.text.chat import Message, instruction_of, messages_of
+from unmask.text.chat import Message, answer_of, instruction_of, messages_of
 from unmask.text.sources import Dropped, read_rows
 
 _POOL = 50  # batches whose rows are sorted together
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 @dataclass(frozen=True)
@@ -47,37 +45,23 @@ def read_pairs(spec: str, dropped: Dropped | None = None) -> Iterator[Pair]:
 def to_pair(row: Mapping[str, Any], where: str) -> Pair:
     """The pair that a row holds, in TRL's formats: `chosen` and `rejected`, texts or messages, after a
     common `prompt` (text or messages) or Alpaca's `instruction` and `input`, or each with its own in it; a prompt that
-    the sides say too is read once. Texts as in Anthropic's HH ("\\n\\nHuman: …\\n\\nAssistant: …") are taken apart
-    into turns."""
+    the sides say too is read once, in its own words."""
     if "chosen" not in row or "rejected" not in row:
         raise UserError(f"{where}: a preference needs chosen and rejected; the row has {sorted(row)}.")
     prompt: list[Message] = []
     if "prompt" in row:
-        prompt = _said(row["prompt"], where, "prompt", "user")
-        if prompt[-1]["role"] == "assistant" and not prompt[-1]["content"]:
-            prompt.pop()  # HH's opened turn
+        prompt = messages_of(row["prompt"], where, "prompt", "user")
     elif "instruction" in row:
         prompt = instruction_of(row, where)
     sides = []
     for key in ("chosen", "rejected"):
-        side = _after(prompt, _said(row[key], where, key, "assistant"))
+        side = _after(prompt, answer_of(row, key, where))
         if side[-1]["role"] != "assistant":
             raise UserError(
                 f"{where}: {key} ends with {side[-1]['role']}; it must end with the assistant's answer."
             )
         sides.append(side)
     return Pair(*sides)
-
-
-def _said(value: Any, where: str, key: str, role: str) -> list[Message]:
-    if not (isinstance(value, str) and value.startswith("\n\nHuman:")):
-        return messages_of(value, where, key, role)
-    _, *turns = _HH_TURN.split(value)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[name], "content": text.strip()}
-        for name, text in zip(turns[::2], turns[1::2], strict=True)
-    ]
 
 
 def _after(prompt: list[Message], said: list[Message]) -> list[Message]:
@@ -88,7 +72,7 @@ def _after(prompt: list[Message], said: list[Message]) -> list[Message]:
     again = _stripped(rest[: len(asked)]) == _stripped(asked)
     if not again or (systems and own_systems and _stripped(systems) != _stripped(own_systems)):
         return prompt + said
-    return (own_systems or systems) + rest
+    return (own_systems or systems) + asked + rest[len(asked) :]
 
 
 def _system_apart(messages: list[Message]) -> tuple[list[Message], list[Message]]:
