@@ -268,6 +268,7 @@ CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
         ({"instruction": "q", "output": "a", "system": None}, CHAT),
         ({"prompt": "q", "completion": "a"}, CHAT),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, CHAT),
+        ({"prompt": "\n\nHuman: q\n\nAssistant:", "completion": " a"}, CHAT),
         (
             {"instruction": "q", "input": "r", "output": "a", "system": "s"},
             [{"role": "system", "content": "s"}, {"role": "user", "content": "q\n\nr"}, CHAT[1]],

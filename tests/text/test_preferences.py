@@ -135,12 +135,13 @@ def test_what_prefers_nothing_is_left_out_and_counted(tmp_path: Path) -> None:
         {"prompt": "q", "chosen": "same", "rejected": "same"},
         {"prompt": "q", "chosen": " ", "rejected": "bad"},
         {"prompt": "q", "chosen": "good", "rejected": ""},
+        {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant:"},
         {"chosen": PAIR.chosen, "rejected": PAIR.rejected},
     ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     dropped = Dropped()
     assert list(read_pairs(str(tmp_path / "p.jsonl"), dropped)) == [PAIR, PAIR]
-    assert dropped == {"chosen equals rejected": 1, "empty answer": 2}
+    assert dropped == {"chosen equals rejected": 1, "empty answer": 3}
     assert len(list(read_pairs(str(tmp_path / "p.jsonl")))) == 2
 
 
