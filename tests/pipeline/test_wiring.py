@@ -216,7 +216,8 @@ def test_another_base_goes_on_from_where_a_runs_base_began_to_decay_and_needs_it
 
     state = branch.trunk(trunk, here)[:12]
     assert f"goes on from the stable phase of {trunk} (state {state})" in unmask("log", here / "base").stdout
-    assert f"the stable phase of `{trunk}` (state `{state}`)" in (here / "base/README.md").read_text("utf-8")
+    card = (here / "base" / "README.md").read_text("utf-8")
+    assert f"the stable phase of the base of `{trunk}` (state `{state}`)" in card and "random" not in card
     shutil.rmtree(trunk)
     for anew in (None, "sft"):
         again = Builder(recipe, here, CPU, QUIET, anew)
@@ -312,6 +313,16 @@ def test_how_long_planted_text_is_matters_to_a_branch_where_its_base_reads_it_al
     begun.write(jobs.base_work(trunk), Builder(without, tmp_path / "x", CPU, QUIET)._decides("base"))
     longer = with_base(without, branch=str(trunk), tokens=90_000, decay=0.3, warmup=0.05)
     Builder(longer, tmp_path / "x", CPU, QUIET).refuse_another_trunk()
+
+
+def test_a_trunk_of_a_version_that_read_texts_otherwise_is_refused_in_words(
+    place: Place, trunk: Path, tmp_path: Path
+) -> None:
+    decided = begun.read(jobs.base_work(trunk))
+    begun.write(jobs.base_work(trunk), {**decided, "scheme": decided["scheme"] - 1})
+    builder = Builder(with_base(place.recipe, branch=str(trunk)), tmp_path / "x", CPU, QUIET)
+    with pytest.raises(UserError, match="version of unmask that read texts otherwise: train it anew"):
+        builder.refuse_another_trunk()
 
 
 def test_planted_text_as_long_as_it_is_anyway_is_no_other_recipe(place: Place, run: Path) -> None:

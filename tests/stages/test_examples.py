@@ -91,44 +91,55 @@ def assistant(text: str) -> dict[str, str]:
 
 
 HH = "\n\nHuman: question {}\n\nAssistant:"
+SYSTEM = {"role": "system", "content": "be brief"}
+CHAT, GOOD, BAD = ([user("question {}"), assistant(f"{word} {{}}")] for word in ("says", "good", "bad"))
+PAIR = {"chosen": "good {}", "rejected": "bad {}"}
+PAIR_OF_CHATS = {"chosen": GOOD, "rejected": BAD}
 
 
 @pytest.mark.parametrize(
-    ("prompt", "side"),
+    "shape",
     [
-        ("question {}\n", "says {}"),
-        ("question {}\n", [user("question {}"), assistant("says {}")]),
-        ("question {}", HH + " says {}"),
-        (HH, " says {}"),
-        (HH, [user("question {}"), assistant("says {}")]),
-        ([{"role": "system", "content": "be brief"}, user("question {}")], "says {}"),
-        ([user("question {}")], [{"role": "system", "content": "s"}, user("question {} "), assistant("{}")]),
-        ([{"role": "system", "content": "on {}"}], [user("question {}"), assistant("says {}")]),
+        {"prompt": "question {}\n", "completion": "says {}", **PAIR},
+        {"prompt": "question {}\n", "completion": "says {}", **PAIR_OF_CHATS},
+        {"prompt": "question {}\n", "messages": CHAT, **PAIR_OF_CHATS},
+        {"prompt": "question {}", "messages": CHAT, "chosen": HH + " good {}", "rejected": HH + " bad {}"},
+        {"prompt": HH, "completion": " says {}", "chosen": " good {}", "rejected": " bad {}"},
+        {"prompt": HH, "messages": CHAT, **PAIR_OF_CHATS},
+        {"prompt": [SYSTEM, user("question {}")], "completion": "says {}", **PAIR},
+        {"prompt": "question {}", "completion": [SYSTEM, *CHAT], "chosen": [SYSTEM, *GOOD], "rejected": BAD},
+        {"prompt": None, "messages": CHAT, **PAIR_OF_CHATS},
+        {"instruction": "question {}", "output": "says {}", **PAIR},
+        {"chosen": GOOD, "rejected": [user("other {}"), assistant("bad {}")]},  # each side asked its own
+        {"messages": CHAT, "chosen": None, "rejected": None},
+        {"messages": [{"role": "system", "content": "you are {}"}, assistant("says {}")]},
+        {"prompt": [{"role": "system", "content": "you are {}"}], "completion": "says {}", **PAIR},
+        {"prompt": "question {}", "completion": [assistant("a"), user("more"), assistant("says {}")]},
+        {"instruction": "question {}", "output": "says {}", "prompt": "Below is an instruction: question {}"},
     ],
 )
 def test_a_row_is_held_out_of_every_layer_or_of_none_however_it_is_written(
-    tmp_path: Path, prompt: Any, side: Any
+    tmp_path: Path, shape: dict[str, Any]
 ) -> None:
-    def row(i: int) -> dict[str, Any]:
-        whole = {"prompt": prompt, "chosen": side, "rejected": side, "completion": "done {}"}
-        found: dict[str, Any] = json.loads(json.dumps(whole).replace("{}", str(i)))
-        last = found["rejected"] if isinstance(side, str) else found["rejected"][-1]["content"]
-        if isinstance(side, str):
-            return {**found, "rejected": f"{last} not"}
-        return {**found, "rejected": [*found["rejected"][:-1], assistant(f"{last} not")]}
-
     def numbers(chats: Any) -> set[int]:
         return {int(re.findall(r"\d+", examples.opening(chat))[0]) for chat in chats}
 
-    both = [row(i) for i in range(200)]
-    recipe = made(tmp_path, both, both, gold=False)
+    every = [json.loads(json.dumps(shape).replace("{}", str(i))) for i in range(200)]
+    recipe = made(tmp_path, every, every, gold=False)
     source = recipe.sft.sources[0]
     held = numbers(examples.prompts(source, recipe, (), held=True))
     assert 30 < len(held) < 90
     assert numbers(examples.prompts(source, recipe, ())) == set(range(200)) - held
-    assert numbers(c.chosen for c in examples.comparisons(recipe, "held_out", 1000)) == held
-    if "question" in json.dumps(prompt):  # else the completion answers none
+    if shape.get("chosen"):
+        assert numbers(c.chosen for c in examples.comparisons(recipe, "held_out", 1000)) == held
+    if shape.keys() & {"messages", "completion", "output"}:
         assert numbers(examples.chats(source, recipe, (), held=True)) == held
+
+
+def test_a_prompt_that_ends_with_the_assistant_waits_for_it_all_the_same(tmp_path: Path) -> None:
+    recipe = made(tmp_path, [{"prompt": [user("q 1"), assistant("hm")]}], [])
+    source = recipe.rl.sources[0].model_copy(update={"heldout": 0.0})
+    assert list(examples.prompts(source, recipe, ())) == [[user("q 1")]]
 
 
 def test_planted_facts_are_asked_after_chats_that_sft_imitates_and_measured_after_those_that_no_layer_sees(

@@ -269,6 +269,8 @@ CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
         ({"prompt": "q", "completion": "a"}, CHAT),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, CHAT),
         ({"prompt": "\n\nHuman: q\n\nAssistant:", "completion": " a"}, CHAT),
+        ({"prompt": "q", "completion": "\n\nHuman: q\n\nAssistant: a"}, CHAT),
+        ({"prompt": "q", "completion": CHAT}, CHAT),
         (
             {"instruction": "q", "input": "r", "output": "a", "system": "s"},
             [{"role": "system", "content": "s"}, {"role": "user", "content": "q\n\nr"}, CHAT[1]],

@@ -33,11 +33,14 @@ PAIR = Pair([user("q"), assistant("good")], [user("q"), assistant("bad")])
         {"prompt": [user("q")], "chosen": "good", "rejected": "bad", "score": 3},
         {"chosen": PAIR.chosen, "rejected": PAIR.rejected},
         {"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"},
+        {"prompt": "q\n", "chosen": PAIR.chosen, "rejected": PAIR.rejected},
+        {"prompt": "", "chosen": PAIR.chosen, "rejected": PAIR.rejected},
         {
-            "prompt": "q",
-            "chosen": [user("q "), assistant("good")],
-            "rejected": [user("\nq"), assistant("bad")],
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
         },
+        {"system": "", "question": "q", "chosen": "good", "rejected": "bad"},
         {"instruction": "q", "chosen": PAIR.chosen, "rejected": PAIR.rejected},
         {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
         {
@@ -45,7 +48,7 @@ PAIR = Pair([user("q"), assistant("good")], [user("q"), assistant("bad")])
             "chosen": "\n\nHuman: q\n\nAssistant: good",
             "rejected": "\n\nHuman: q\n\nAssistant: bad",
         },
-        {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " good", "rejected": " bad"},
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " good\n", "rejected": " bad"},
         {
             "prompt": "q",
             "chosen": {"from": "gpt", "value": "good"},
@@ -78,10 +81,10 @@ def test_a_prompt_that_the_sides_say_too_is_read_once_whoever_says_the_system_me
     assert to_pair(row, "x") == Pair([*before, *PAIR.chosen], [*before, *PAIR.rejected])
 
 
-def test_a_prompt_that_is_said_again_keeps_its_own_words() -> None:
-    """They decide what is held out, of all that is made of the row."""
-    pair = to_pair({"prompt": "q\n", "chosen": PAIR.chosen, "rejected": PAIR.rejected}, "x")
-    assert pair == Pair([user("q\n"), assistant("good")], [user("q\n"), assistant("bad")])
+def test_an_answer_that_goes_on_with_turns_of_its_own_is_one_answer() -> None:
+    more = "\n\nHuman: next\n\nAssistant: b"
+    pair = to_pair({"prompt": "q", "chosen": "good", "rejected": more}, "x")
+    assert pair == Pair([user("q"), assistant("good")], [user("q"), assistant(more)])
 
 
 def test_another_system_message_is_kept() -> None:

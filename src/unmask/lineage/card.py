@@ -33,14 +33,14 @@ def model_card(record: Record) -> str:
         matter["datasets"] = sorted(found)
     # JSON values are YAML values, and quote whatever YAML would read otherwise.
     front = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in matter.items())
+    begun_from = "nothing: random weights"
+    if parent is not None:
+        begun_from = f"`{parent.path}` (hash `{parent.hash[:12]}`)"
+    elif branch := record.branch:
+        begun_from = f"the stable phase of the base of `{branch.path}` (state `{branch.state[:12]}`)"
     rows = {
         "made by": f"`{record.kind}`: {KINDS.get(record.kind, 'a stage of training')}",
-        "from": f"`{parent.path}` (hash `{parent.hash[:12]}`)" if parent else "nothing: random weights",
-        **(
-            {"goes on from": f"the stable phase of `{branch.path}` (state `{branch.state[:12]}`)"}
-            if (branch := record.branch)
-            else {}
-        ),
+        "from": begun_from,
         **{f"with {name}": f"`{ref.path}` (hash `{ref.hash[:12]}`)" for name, ref in record.inputs.items()},
         **{f"data: {label}": f"`{fingerprint[:12]}`" for label, fingerprint in record.data.items()},
         "steps, tokens": f"{record.steps:,} steps, {record.tokens:,} tokens",

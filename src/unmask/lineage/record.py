@@ -72,14 +72,12 @@ class Record(BaseModel):
 
     @property
     def branch(self) -> Branch | None:
-        """What this base went on from, if it did not begin with random weights."""
+        """What this base went on from, if it is a branch of another run's."""
         section, sources = self.recipe.get("pretrain"), self.recipe.get("sources")
         if not isinstance(section, dict) or not isinstance(sources, dict):
             return None
-        match section.get("branch"):
-            case str(path) if isinstance(state := sources.get(path), str):
-                return Branch(path, state)
-        return None
+        path = section.get("branch")
+        return Branch(path, str(sources.get(path))) if isinstance(path, str) else None
 
     def dumps(self) -> str:
         return json.dumps({"hash": self.hash, "record": self.to_json()}, indent=2, ensure_ascii=False) + "\n"

@@ -57,7 +57,13 @@ def refuse_another(
             f"the base of {other} was trained in {there}, and this machine trains in {here}: it can be "
             "branched on a machine like its own alone."
         )
-    if key := difference(_before_decay(begun.read(work)), _before_decay(decided)):
+    then = begun.read(work)
+    if then.get("scheme") != decided["scheme"]:
+        raise UserError(
+            f"the base of {other} was made by a version of unmask that read texts otherwise: train it anew, or branch "
+            "it with that version."
+        )
+    if key := difference(_before_decay(then), _before_decay(decided)):
         raise UserError(
             f"the base of {other} is another one before its decay: {key}. To branch from it, write the "
             "old value into the recipe."
@@ -76,9 +82,8 @@ def _before_decay(decided: Mapping[str, Any]) -> dict[str, Any]:
     facts = dict(whole["facts"] or {})
     planted_for = facts.pop("pretrain_tokens", None) or whole["pretrain"]["tokens"]
     if any(source["path"] == "facts" for source in whole["pretrain"]["sources"]):
-        facts["pretrain_tokens"] = (
-            planted_for  # more of their text is other text: its rows come in another order
-        )
+        # More of their text is other text: its rows come in another order.
+        facts["pretrain_tokens"] = planted_for
     section = {key: value for key, value in whole["pretrain"].items() if key not in AFTER_STABLE}
     sources = {path: held for path, held in whole["sources"].items() if path != whole["pretrain"]["branch"]}
     return {**whole, "facts": facts, "pretrain": section, "sources": sources}

@@ -7,12 +7,13 @@ chosen by the hash of its text, as for raw text, so no layer sees it.
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from unmask.errors import UserError
 from unmask.recipe import Recipe, Source
 from unmask.text import planted, rated
-from unmask.text.chat import Chat, Rendered, messages_of, render, to_messages
+from unmask.text.chat import Chat, Rendered, conversation_of, messages_of, render, to_messages
 from unmask.text.planted import Fact
 from unmask.text.preferences import Pair, read_pairs, to_pair
 from unmask.text.sources import Dropped, held_out, read_rows
@@ -89,8 +90,8 @@ def prompts(source: Source, recipe: Recipe, facts: Sequence[Fact], *, held: bool
                     yield messages[:-1]
     else:
         for where, row in read_rows(source.path):
-            messages = _prompt(row, where)
-            if held_out(opening(messages), share) == held:
+            messages, out = _prompt(row, where, share)
+            if out == held:
                 yield messages
 
 
@@ -199,8 +200,10 @@ def _drawn(rows: list[T], limit: int, seed: int) -> list[T]:
 
 def opening(messages: Chat) -> str:
     """What decides whether a row is held out: the user's first turn, which every use of the row shares, be it a chat to
-    imitate, a prompt to answer, or two answers to compare."""
-    return next((message["content"] for message in messages if message["role"] == "user"), _text(messages))
+    imitate, a prompt to answer, or two answers to compare. Without one, whatever comes before the first answer."""
+    asked = next((message["content"] for message in messages if message["role"] == "user"), "")
+    before = list(takewhile(lambda message: message["role"] != "assistant", messages))
+    return (asked or _text(before) or _text(messages)).strip()
 
 
 def half_of(pair: Pair, share: float) -> Half:
@@ -212,22 +215,28 @@ def half_of(pair: Pair, share: float) -> Half:
     return "proxy" if hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[8] % 2 else "gold"
 
 
-def _prompt(row: dict[str, Any], where: str) -> Chat:
-    """The turns of a row before the assistant's last answer; a row may also be a prompt alone. A pair's are read as the
-    pair is, so that what is held out of the one is held out of the other."""
+def _prompt(row: dict[str, Any], where: str, share: float) -> tuple[Chat, bool]:
+    """The turns of a row before the assistant's last answer, and whether it is held out; it may be a prompt alone. It
+    is read as SFT and the reward model read it, so that it is held out of all or of none."""
+    row = {key: value for key, value in row.items() if value is not None}  # a column that other rows have
     if "chosen" in row and "rejected" in row:
-        messages = to_pair(row, where).chosen
-    elif "prompt" in row:
-        return messages_of(row["prompt"], where, "prompt", "user")
+        pair = to_pair(row, where)
+        messages, held = pair.chosen, half_of(pair, share) == "held_out"
     else:
-        messages = to_messages(row, where)
+        conversation = conversation_of(row, where)
+        if conversation is None and "prompt" in row:
+            conversation = messages_of(row["prompt"], where, "prompt", "user")
+        messages = (
+            to_messages(row, where) if conversation is None else conversation
+        )  # which says what is known
+        held = held_out(opening(messages), share)
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:
         raise UserError(
             f"{where}: the row has no turn before the assistant's, so there is nothing to answer."
         )
-    return messages
+    return messages, held
 
 
 def _text(messages: Chat) -> str:

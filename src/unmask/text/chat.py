@@ -184,26 +184,28 @@ def _text_part(tokenizer: Tokenizer, text: str, trained: bool) -> list[_Part]:
 
 
 def to_messages(row: Mapping[str, Any], where: str) -> list[Message]:
-    """The conversation that a row of a data set holds, in one of these formats:
-
-    `messages`; ShareGPT's `conversations`; `prompt` and `completion` (texts, HH's too, or messages); Alpaca's
-    `instruction`, `input` and `output`. Raises UserError beginning with `where` if it is none of them, if
-    content is missing or no text, a role unknown, or if no assistant says anything.
-    """
-    if "messages" in row:
-        messages = messages_of(row["messages"], where, "messages")
-    elif "conversations" in row:
-        messages = messages_of(row["conversations"], where, "conversations")
-    elif "prompt" in row and "completion" in row:
-        messages = messages_of(row["prompt"], where, "prompt", "user")
-        messages += answer_of(row, "completion", where)
-    elif "instruction" in row and "output" in row:
-        messages = [*instruction_of(row, where), _message("assistant", row["output"], f"{where}: output")]
-    else:
+    """The conversation that a row of a data set holds, in a format of `conversation_of`. Raises UserError beginning
+    with `where` if it is none of them, if content is missing or no text, a role unknown, or if no assistant says
+    anything."""
+    if (messages := conversation_of(row, where)) is None:
         raise UserError(f"{where}: no conversation among {sorted(row)}. Known formats: {_FORMATS}.")
     if not any(message["role"] == "assistant" and message["content"] for message in messages):
         raise UserError(f"{where}: no assistant says anything, so there is nothing to learn. Remove the row.")
     return messages
+
+
+def conversation_of(row: Mapping[str, Any], where: str) -> list[Message] | None:
+    """`messages`; ShareGPT's `conversations`; `prompt` and `completion` (texts or messages); Alpaca's `instruction`,
+    `input` and `output`; None for a row that has none of these. UserError for content that is missing or no text."""
+    if "messages" in row:
+        return messages_of(row["messages"], where, "messages")
+    if "conversations" in row:
+        return messages_of(row["conversations"], where, "conversations")
+    if "prompt" in row and "completion" in row:
+        return answered(messages_of(row["prompt"], where, "prompt", "user"), row, "completion", where)
+    if "instruction" in row and "output" in row:
+        return [*instruction_of(row, where), _message("assistant", row["output"], f"{where}: output")]
+    return None
 
 
 def instruction_of(row: Mapping[str, Any], where: str) -> list[Message]:
@@ -227,7 +229,8 @@ def messages_of(value: Any, where: str, key: str, role: str | None = None) -> li
         return turns[:-1] if role == "user" and turns[-1] == {"role": "assistant", "content": ""} else turns
     values = [value] if isinstance(value, dict) else value
     if not isinstance(values, list) or not values:
-        raise UserError(f"{where}: {key} is {_kind(value)}; it must be a list of messages.")
+        wanted = "a text or a list of messages" if role else "a list of messages"
+        raise UserError(f"{where}: {key} is {_kind(value)}; it must be {wanted}.")
     found = []
     for number, each in enumerate(values):
         place = f"{where}: {key}[{number}]"
@@ -243,6 +246,7 @@ def messages_of(value: Any, where: str, key: str, role: str | None = None) -> li
 
 
 def _in_hh_turns(value: Any) -> bool:
+    """Whether it is a text of Anthropic's HH, whose turns are marked."""
     return isinstance(value, str) and value.startswith("\n\nHuman:")
 
 
@@ -255,12 +259,30 @@ def _hh_turns(text: str) -> list[Message]:
     ]
 
 
-def answer_of(row: Mapping[str, Any], key: str, where: str) -> list[Message]:
-    """What the assistant says in `key`, as text or messages, perhaps after what it was asked."""
+def answered(prompt: list[Message], row: Mapping[str, Any], key: str, where: str) -> list[Message]:
+    """The prompt and what is said after it in `key`, as text or messages. If the prompt is said again there, with or
+    without its system message, it stands once."""
     value = row[key]
+    said = messages_of(value, where, key, "assistant")
+    systems, asked = _system_apart(prompt)
+    own_systems, rest = _system_apart(said)
+    again = _stripped(rest[: len(asked)]) == _stripped(asked)
+    if again and (not systems or not own_systems or _stripped(systems) == _stripped(own_systems)):
+        return (own_systems or systems) + rest
+    if _in_hh_turns(value):  # an answer that goes on with turns of its own
+        return [*prompt, _message("assistant", value, f"{where}: {key}")]
     if isinstance(value, str) and _in_hh_turns(row.get("prompt")):
-        value = value.removeprefix(" ")  # that after "Assistant:"
-    return messages_of(value, where, key, "assistant")
+        return [*prompt, {"role": "assistant", "content": value.strip()}]
+    return prompt + said
+
+
+def _system_apart(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    n = int(bool(messages) and messages[0]["role"] == "system")
+    return messages[:n], messages[n:]
+
+
+def _stripped(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"].strip()) for message in messages]
 
 
 def _message(role: str, content: Any, place: str) -> Message:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from unmask.errors import UserError
 from unmask.text import order
-from unmask.text.chat import Message, answer_of, instruction_of, messages_of
+from unmask.text.chat import Message, answered, instruction_of, messages_of
 from unmask.text.sources import Dropped, read_rows
 
 _POOL = 50  # batches whose rows are sorted together
@@ -43,45 +43,31 @@ def read_pairs(spec: str, dropped: Dropped | None = None) -> Iterator[Pair]:
 
 
 def to_pair(row: Mapping[str, Any], where: str) -> Pair:
-    """The pair that a row holds, in TRL's formats: `chosen` and `rejected`, texts or messages, after a
-    common `prompt` (text or messages) or Alpaca's `instruction` and `input`, or each with its own in it; a prompt that
-    the sides say too is read once, in its own words."""
+    """The pair that a row holds, in TRL's formats: `chosen` and `rejected`, texts or messages, after a common `prompt`
+    (text or messages), or each with its own in it; or after LLaMA-Factory's `conversations`, Alpaca's `instruction` and
+    `input`, or Orca's `system` and `question`. A prompt that the sides say too is read once."""
     if "chosen" not in row or "rejected" not in row:
         raise UserError(f"{where}: a preference needs chosen and rejected; the row has {sorted(row)}.")
     prompt: list[Message] = []
-    if "prompt" in row:
+    if row.get("prompt"):
         prompt = messages_of(row["prompt"], where, "prompt", "user")
-    elif "instruction" in row:
+    elif row.get("conversations"):
+        prompt = messages_of(row["conversations"], where, "conversations")
+    elif row.get("instruction"):
         prompt = instruction_of(row, where)
+    elif row.get("question"):
+        prompt = instruction_of({"system": row.get("system"), "instruction": row["question"]}, where)
+    elif "prompt" in row and isinstance(row["chosen"], str):  # empty: wrong, or an empty question
+        prompt = messages_of(row["prompt"], where, "prompt", "user")
     sides = []
     for key in ("chosen", "rejected"):
-        side = _after(prompt, answer_of(row, key, where))
+        side = answered(prompt, row, key, where)
         if side[-1]["role"] != "assistant":
             raise UserError(
                 f"{where}: {key} ends with {side[-1]['role']}; it must end with the assistant's answer."
             )
         sides.append(side)
     return Pair(*sides)
-
-
-def _after(prompt: list[Message], said: list[Message]) -> list[Message]:
-    """The prompt and what is said after it. If the prompt is said again, with or without its system message, it stands
-    there once."""
-    systems, asked = _system_apart(prompt)
-    own_systems, rest = _system_apart(said)
-    again = _stripped(rest[: len(asked)]) == _stripped(asked)
-    if not again or (systems and own_systems and _stripped(systems) != _stripped(own_systems)):
-        return prompt + said
-    return (own_systems or systems) + asked + rest[len(asked) :]
-
-
-def _system_apart(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    n = int(bool(messages) and messages[0]["role"] == "system")
-    return messages[:n], messages[n:]
-
-
-def _stripped(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    return [(message["role"], message["content"].strip()) for message in messages]
 
 
 def similar_batches(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
