@@ -116,6 +116,15 @@ PAIR_OF_CHATS = {"chosen": GOOD, "rejected": BAD}
         {"prompt": [{"role": "system", "content": "you are {}"}], "completion": "says {}", **PAIR},
         {"prompt": "question {}", "completion": [assistant("a"), user("more"), assistant("says {}")]},
         {"instruction": "question {}", "output": "says {}", "prompt": "Below is an instruction: question {}"},
+        {"instruction": "", "input": "question {}", "output": "says {}", **PAIR},
+        {"messages": CHAT, **PAIR},
+        {"system": "s", "conversations": CHAT, **PAIR_OF_CHATS},
+        {
+            "prompt": "last {}",
+            "messages": [*CHAT, user("last {}"), assistant("x")],
+            "chosen": [*CHAT, user("last {}"), assistant("y")],
+            "rejected": [*CHAT, user("last {}"), assistant("z")],
+        },
     ],
 )
 def test_a_row_is_held_out_of_every_layer_or_of_none_however_it_is_written(
@@ -136,8 +145,14 @@ def test_a_row_is_held_out_of_every_layer_or_of_none_however_it_is_written(
         assert numbers(examples.chats(source, recipe, (), held=True)) == held
 
 
+def test_a_pair_whose_sides_were_asked_otherwise_is_held_out_by_both_questions() -> None:
+    chosen = [user("the same"), assistant("good")]
+    parts = {examples.half_of(Pair(chosen, [user(f"{i}"), assistant("bad")]), 0.3) for i in range(50)}
+    assert parts == {"held_out", "proxy", "gold"}
+
+
 def test_a_prompt_that_ends_with_the_assistant_waits_for_it_all_the_same(tmp_path: Path) -> None:
-    recipe = made(tmp_path, [{"prompt": [user("q 1"), assistant("hm")]}], [])
+    recipe = made(tmp_path, [{"prompt": [user("q 1"), assistant("hm"), assistant("well")]}], [])
     source = recipe.rl.sources[0].model_copy(update={"heldout": 0.0})
     assert list(examples.prompts(source, recipe, ())) == [[user("q 1")]]
 

@@ -41,6 +41,16 @@ PAIR = Pair([user("q"), assistant("good")], [user("q"), assistant("bad")])
             "rejected": {"from": "gpt", "value": "bad"},
         },
         {"system": "", "question": "q", "chosen": "good", "rejected": "bad"},
+        {"input": "q", "chosen": "good", "rejected": "bad"},
+        {"instruction": "", "input": "q", "chosen": "good", "rejected": "bad"},
+        {"messages": PAIR.chosen, "chosen": "good", "rejected": "bad"},
+        {"messages": PAIR.chosen, "chosen": PAIR.chosen, "rejected": PAIR.rejected},
+        {"prompt": "q", "instruction": "Below: q", "chosen": "good", "rejected": "bad"},
+        {
+            "prompt": "",
+            "chosen": "\n\nHuman: q\n\nAssistant: good",
+            "rejected": "\n\nHuman: q\n\nAssistant: bad",
+        },
         {"instruction": "q", "chosen": PAIR.chosen, "rejected": PAIR.rejected},
         {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
         {
@@ -92,6 +102,29 @@ def test_another_system_message_is_kept() -> None:
     other = [{"role": "system", "content": "t"}]
     pair = to_pair(row | {"chosen": [*other, *PAIR.chosen], "rejected": [*other, *PAIR.rejected]}, "x")
     assert pair.chosen == [*row["prompt"], *other, *PAIR.chosen]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"prompt": "q"},
+        {"question": "q"},
+        {"instruction": "q"},
+        {"conversations": [user("q")]},
+        {"messages": [user("q"), assistant("x")]},
+    ],
+    ids=str,
+)
+def test_a_column_system_stands_before_whatever_is_asked(asked: dict[str, Any]) -> None:
+    before = {"role": "system", "content": "s"}
+    row = {**asked, "system": "s", "chosen": "good", "rejected": "bad"}
+    assert to_pair(row, "x") == Pair([before, *PAIR.chosen], [before, *PAIR.rejected])
+
+
+def test_the_last_question_of_a_chat_that_the_sides_hold_whole_is_read_once() -> None:
+    before = [user("a"), assistant("b")]
+    chosen, rejected = [*before, *PAIR.chosen], [*before, *PAIR.rejected]
+    assert to_pair({"prompt": "q", "chosen": chosen, "rejected": rejected}, "x") == Pair(chosen, rejected)
 
 
 def test_texts_without_a_prompt_are_answers() -> None:

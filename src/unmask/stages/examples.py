@@ -200,7 +200,7 @@ def _drawn(rows: list[T], limit: int, seed: int) -> list[T]:
 
 def opening(messages: Chat) -> str:
     """What decides whether a row is held out: the user's first turn, which every use of the row shares, be it a chat to
-    imitate, a prompt to answer, or two answers to compare. Without one, whatever comes before the first answer."""
+    imitate, a prompt to answer, or two answers to compare. Without one, what comes before the first answer, or all."""
     asked = next((message["content"] for message in messages if message["role"] == "user"), "")
     before = list(takewhile(lambda message: message["role"] != "assistant", messages))
     return (asked or _text(before) or _text(messages)).strip()
@@ -226,9 +226,7 @@ def _prompt(row: dict[str, Any], where: str, share: float) -> tuple[Chat, bool]:
         conversation = conversation_of(row, where)
         if conversation is None and "prompt" in row:
             conversation = messages_of(row["prompt"], where, "prompt", "user")
-        messages = (
-            to_messages(row, where) if conversation is None else conversation
-        )  # which says what is known
+        messages = conversation or to_messages(row, where)  # says which formats are known
         held = held_out(opening(messages), share)
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]

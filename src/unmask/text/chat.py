@@ -196,25 +196,34 @@ def to_messages(row: Mapping[str, Any], where: str) -> list[Message]:
 
 def conversation_of(row: Mapping[str, Any], where: str) -> list[Message] | None:
     """`messages`; ShareGPT's `conversations`; `prompt` and `completion` (texts or messages); Alpaca's `instruction`,
-    `input` and `output`; None for a row that has none of these. UserError for content that is missing or no text."""
+    `input` and `output`; each after what a column `system` says. None for a row that has none of these. UserError for
+    content that is missing or no text."""
     if "messages" in row:
-        return messages_of(row["messages"], where, "messages")
-    if "conversations" in row:
-        return messages_of(row["conversations"], where, "conversations")
-    if "prompt" in row and "completion" in row:
-        return answered(messages_of(row["prompt"], where, "prompt", "user"), row, "completion", where)
-    if "instruction" in row and "output" in row:
-        return [*instruction_of(row, where), _message("assistant", row["output"], f"{where}: output")]
-    return None
+        messages = messages_of(row["messages"], where, "messages")
+    elif "conversations" in row:
+        messages = messages_of(row["conversations"], where, "conversations")
+    elif "prompt" in row and "completion" in row:
+        messages = answered(messages_of(row["prompt"], where, "prompt", "user"), row, "completion", where)
+    elif "instruction" in row and "output" in row:
+        messages = [*instruction_of(row, where), _message("assistant", row["output"], f"{where}: output")]
+    else:
+        return None
+    return under_system(messages, row, where)
 
 
 def instruction_of(row: Mapping[str, Any], where: str) -> list[Message]:
-    """What is asked in Alpaca's `instruction`, `input` and `system`, of which the last two may be missing."""
-    asked = _message("user", row["instruction"], f"{where}: instruction")
-    if row.get("input"):
-        asked["content"] += "\n\n" + _message("user", row["input"], f"{where}: input")["content"]
-    system = [_message("system", row["system"], f"{where}: system")] if row.get("system") else []
-    return [*system, asked]
+    """What is asked in Alpaca's `instruction` (Orca's `question`) and `input`, of which one may be missing."""
+    first = "question" if row.get("question") and not row.get("instruction") else "instruction"
+    keys = [key for key in (first, "input") if row.get(key)] or [first]
+    asked = [_message("user", row[key], f"{where}: {key}")["content"] for key in keys]
+    return [{"role": "user", "content": "\n\n".join(asked)}]
+
+
+def under_system(messages: list[Message], row: Mapping[str, Any], where: str) -> list[Message]:
+    """The messages after what the row's column `system` says, unless they begin with a system message."""
+    if not row.get("system") or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [_message("system", row["system"], f"{where}: system"), *messages]
 
 
 def messages_of(value: Any, where: str, key: str, role: str | None = None) -> list[Message]:
@@ -260,13 +269,16 @@ def _hh_turns(text: str) -> list[Message]:
 
 
 def answered(prompt: list[Message], row: Mapping[str, Any], key: str, where: str) -> list[Message]:
-    """The prompt and what is said after it in `key`, as text or messages. If the prompt is said again there, with or
-    without its system message, it stands once."""
+    """The prompt and what is said after it in `key`, as text or messages. If the prompt is said again there, first or
+    as the last that is asked, with or without its system message, it stands once."""
     value = row[key]
     said = messages_of(value, where, key, "assistant")
     systems, asked = _system_apart(prompt)
     own_systems, rest = _system_apart(said)
-    again = _stripped(rest[: len(asked)]) == _stripped(asked)
+    wanted, told = _stripped(asked), _stripped(rest)
+    last = 1 + max((i for i, (role, _) in enumerate(told) if role == "user"), default=-1)
+    empty = last > 0 and wanted == [("user", "")]
+    again = empty or told[: len(asked)] == wanted or told[max(0, last - len(asked)) : last] == wanted
     if again and (not systems or not own_systems or _stripped(systems) == _stripped(own_systems)):
         return (own_systems or systems) + rest
     if _in_hh_turns(value):  # an answer that goes on with turns of its own

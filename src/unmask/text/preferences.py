@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from unmask.errors import UserError
 from unmask.text import order
-from unmask.text.chat import Message, answered, instruction_of, messages_of
+from unmask.text.chat import Message, answered, instruction_of, messages_of, under_system
 from unmask.text.sources import Dropped, read_rows
 
 _POOL = 50  # batches whose rows are sorted together
@@ -43,22 +43,25 @@ def read_pairs(spec: str, dropped: Dropped | None = None) -> Iterator[Pair]:
 
 
 def to_pair(row: Mapping[str, Any], where: str) -> Pair:
-    """The pair that a row holds, in TRL's formats: `chosen` and `rejected`, texts or messages, after a common `prompt`
-    (text or messages), or each with its own in it; or after LLaMA-Factory's `conversations`, Alpaca's `instruction` and
-    `input`, or Orca's `system` and `question`. A prompt that the sides say too is read once."""
+    """The pair that a row holds, in TRL's formats: `chosen` and `rejected`, texts or messages, after a common prompt or
+    each with its own in it. The prompt: `prompt` (text or messages), LLaMA-Factory's `conversations` or `messages`,
+    Alpaca's `instruction` and `input`, or Orca's `question`, after a column `system`. Where the sides say it too it is
+    read once."""
     if "chosen" not in row or "rejected" not in row:
         raise UserError(f"{where}: a preference needs chosen and rejected; the row has {sorted(row)}.")
     prompt: list[Message] = []
+    talk = next((key for key in ("conversations", "messages") if row.get(key)), None)
     if row.get("prompt"):
         prompt = messages_of(row["prompt"], where, "prompt", "user")
-    elif row.get("conversations"):
-        prompt = messages_of(row["conversations"], where, "conversations")
-    elif row.get("instruction"):
+    elif talk is not None:
+        prompt = messages_of(row[talk], where, talk)
+        while prompt and prompt[-1]["role"] == "assistant":  # one of the answers
+            prompt.pop()
+    elif any(row.get(key) for key in ("instruction", "question", "input")):
         prompt = instruction_of(row, where)
-    elif row.get("question"):
-        prompt = instruction_of({"system": row.get("system"), "instruction": row["question"]}, where)
-    elif "prompt" in row and isinstance(row["chosen"], str):  # empty: wrong, or an empty question
+    elif "prompt" in row and isinstance(row["chosen"], str):  # refused, or a question without words
         prompt = messages_of(row["prompt"], where, "prompt", "user")
+    prompt = under_system(prompt, row, where)
     sides = []
     for key in ("chosen", "rejected"):
         side = answered(prompt, row, key, where)
