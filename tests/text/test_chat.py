@@ -272,6 +272,10 @@ CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
         ({"prompt": "q", "completion": "\n\nHuman: q\n\nAssistant: a"}, CHAT),
         ({"prompt": "q", "completion": CHAT}, CHAT),
         (
+            {"system": "t", "messages": [{"role": "system", "content": "s"}, *CHAT]},
+            [{"role": "system", "content": "s"}, *CHAT],
+        ),
+        (
             {"instruction": "q", "input": "r", "output": "a", "system": "s"},
             [{"role": "system", "content": "s"}, {"role": "user", "content": "q\n\nr"}, CHAT[1]],
         ),

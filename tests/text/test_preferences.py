@@ -121,10 +121,11 @@ def test_a_column_system_stands_before_whatever_is_asked(asked: dict[str, Any]) 
     assert to_pair(row, "x") == Pair([before, *PAIR.chosen], [before, *PAIR.rejected])
 
 
-def test_the_last_question_of_a_chat_that_the_sides_hold_whole_is_read_once() -> None:
+@pytest.mark.parametrize("prompt", ["a", "q"])
+def test_the_first_or_last_question_of_a_chat_that_the_sides_hold_whole_is_read_once(prompt: str) -> None:
     before = [user("a"), assistant("b")]
     chosen, rejected = [*before, *PAIR.chosen], [*before, *PAIR.rejected]
-    assert to_pair({"prompt": "q", "chosen": chosen, "rejected": rejected}, "x") == Pair(chosen, rejected)
+    assert to_pair({"prompt": prompt, "chosen": chosen, "rejected": rejected}, "x") == Pair(chosen, rejected)
 
 
 def test_texts_without_a_prompt_are_answers() -> None:
