@@ -151,6 +151,12 @@ def test_a_pair_whose_sides_were_asked_otherwise_is_held_out_by_both_questions()
     assert parts == {"held_out", "proxy", "gold"}
 
 
+def test_a_prompt_alone_comes_after_what_a_column_system_says(tmp_path: Path) -> None:
+    recipe = made(tmp_path, [{"system": "be brief", "prompt": "q 1"}], [])
+    source = recipe.rl.sources[0].model_copy(update={"heldout": 0.0})
+    assert list(examples.prompts(source, recipe, ())) == [[SYSTEM, user("q 1")]]
+
+
 def test_a_prompt_that_ends_with_the_assistant_waits_for_it_all_the_same(tmp_path: Path) -> None:
     recipe = made(tmp_path, [{"prompt": [user("q 1"), assistant("hm"), assistant("well")]}], [])
     source = recipe.rl.sources[0].model_copy(update={"heldout": 0.0})

@@ -97,6 +97,48 @@ def test_an_answer_that_goes_on_with_turns_of_its_own_is_one_answer() -> None:
     assert pair == Pair([user("q"), assistant("good")], [user("q"), assistant(more)])
 
 
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": "t", "chosen": [SYSTEM, *PAIR.chosen], "rejected": [SYSTEM, *PAIR.rejected]},
+        {
+            "system": "t",
+            "prompt": "q",
+            "chosen": [SYSTEM, *PAIR.chosen],
+            "rejected": [SYSTEM, *PAIR.rejected],
+        },
+        {"system": "s", "input": "x", "chosen": PAIR.chosen, "rejected": PAIR.rejected},
+        {
+            "system": "s",
+            "messages": [user("x"), assistant("y")],
+            "chosen": PAIR.chosen,
+            "rejected": PAIR.rejected,
+        },
+        {
+            "system": "s",
+            "question": "x",
+            "chosen": "\n\nHuman: q\n\nAssistant: good",
+            "rejected": "\n\nHuman: q\n\nAssistant: bad",
+        },
+    ],
+)
+def test_whole_chats_keep_their_own_question_and_system_message(row: dict[str, Any]) -> None:
+    assert to_pair(row, "x") == Pair([SYSTEM, *PAIR.chosen], [SYSTEM, *PAIR.rejected])
+
+
+def test_a_column_system_without_words_says_nothing() -> None:
+    assert to_pair({"system": " ", "prompt": "q", "chosen": "good", "rejected": "bad"}, "x") == PAIR
+
+
+def test_an_answer_that_asks_the_same_again_loses_no_turn() -> None:
+    later = [assistant("x"), user("q"), assistant("y")]
+    row = {"prompt": "q", "chosen": later, "rejected": "bad"}
+    assert to_pair(row, "x").chosen == [user("q"), *later]
+
+
 def test_another_system_message_is_kept() -> None:
     row = {"prompt": [{"role": "system", "content": "s"}, user("q")]}
     other = [{"role": "system", "content": "t"}]

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 from unmask.errors import UserError
 from unmask.recipe import Recipe, Source
 from unmask.text import planted, rated
-from unmask.text.chat import Chat, Rendered, conversation_of, messages_of, render, to_messages
+from unmask.text.chat import Chat, Rendered, conversation_of, messages_of, render, to_messages, under_system
 from unmask.text.planted import Fact
 from unmask.text.preferences import Pair, read_pairs, to_pair
 from unmask.text.sources import Dropped, held_out, read_rows
@@ -225,7 +225,7 @@ def _prompt(row: dict[str, Any], where: str, share: float) -> tuple[Chat, bool]:
     else:
         conversation = conversation_of(row, where)
         if conversation is None and "prompt" in row:
-            conversation = messages_of(row["prompt"], where, "prompt", "user")
+            conversation = under_system(messages_of(row["prompt"], where, "prompt", "user"), row, where)
         messages = conversation or to_messages(row, where)  # says which formats are known
         held = held_out(opening(messages), share)
     while messages and messages[-1]["role"] == "assistant":

@@ -223,7 +223,8 @@ def under_system(messages: list[Message], row: Mapping[str, Any], where: str) ->
     """The messages after what the row's column `system` says, unless they begin with a system message."""
     if not row.get("system") or (messages and messages[0]["role"] == "system"):
         return messages
-    return [_message("system", row["system"], f"{where}: system"), *messages]
+    system = _message("system", row["system"], f"{where}: system")
+    return [system, *messages] if system["content"].strip() else messages
 
 
 def messages_of(value: Any, where: str, key: str, role: str | None = None) -> list[Message]:
@@ -270,7 +271,7 @@ def _hh_turns(text: str) -> list[Message]:
 
 def answered(prompt: list[Message], row: Mapping[str, Any], key: str, where: str) -> list[Message]:
     """The prompt and what is said after it in `key`, as text or messages. If the prompt is said again there, first or
-    as the last that is asked, with or without its system message, it stands once."""
+    (in a whole chat) as the last that is asked, with or without its system message, it stands once."""
     value = row[key]
     said = messages_of(value, where, key, "assistant")
     systems, asked = _system_apart(prompt)
@@ -278,7 +279,8 @@ def answered(prompt: list[Message], row: Mapping[str, Any], key: str, where: str
     wanted, told = _stripped(asked), _stripped(rest)
     last = 1 + max((i for i, (role, _) in enumerate(told) if role == "user"), default=-1)
     empty = last > 0 and wanted == [("user", "")]
-    again = empty or told[: len(asked)] == wanted or told[max(0, last - len(asked)) : last] == wanted
+    whole = begins_with_user(said) and told[max(0, last - len(asked)) : last] == wanted
+    again = empty or whole or told[: len(asked)] == wanted
     if again and (not systems or not own_systems or _stripped(systems) == _stripped(own_systems)):
         return (own_systems or systems) + rest
     if _in_hh_turns(value):  # an answer that goes on with turns of its own
@@ -286,6 +288,11 @@ def answered(prompt: list[Message], row: Mapping[str, Any], key: str, where: str
     if isinstance(value, str) and _in_hh_turns(row.get("prompt")):
         return [*prompt, {"role": "assistant", "content": value.strip()}]
     return prompt + said
+
+
+def begins_with_user(messages: Sequence[Message]) -> bool:
+    """Whether it is a chat from its beginning, perhaps after a system message."""
+    return next((message["role"] for message in messages if message["role"] != "system"), "") == "user"
 
 
 def _system_apart(messages: list[Message]) -> tuple[list[Message], list[Message]]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from unmask.errors import UserError
 from unmask.text import order
-from unmask.text.chat import Message, answered, instruction_of, messages_of, under_system
+from unmask.text.chat import Message, answered, begins_with_user, instruction_of, messages_of, under_system
 from unmask.text.sources import Dropped, read_rows
 
 _POOL = 50  # batches whose rows are sorted together
@@ -44,27 +44,27 @@ def read_pairs(spec: str, dropped: Dropped | None = None) -> Iterator[Pair]:
 
 def to_pair(row: Mapping[str, Any], where: str) -> Pair:
     """The pair that a row holds, in TRL's formats: `chosen` and `rejected`, texts or messages, after a common prompt or
-    each with its own in it. The prompt: `prompt` (text or messages), LLaMA-Factory's `conversations` or `messages`,
-    Alpaca's `instruction` and `input`, or Orca's `question`, after a column `system`. Where the sides say it too it is
-    read once."""
+    each with its own in it. The prompt is `prompt` (text or messages), or LLaMA-Factory's `conversations` or
+    `messages`, Alpaca's `instruction` and `input`, or Orca's `question` where the sides are no whole chats. A column
+    `system` stands before them."""
     if "chosen" not in row or "rejected" not in row:
         raise UserError(f"{where}: a preference needs chosen and rejected; the row has {sorted(row)}.")
     prompt: list[Message] = []
-    talk = next((key for key in ("conversations", "messages") if row.get(key)), None)
+    talk = next((key for key in ("conversations", "messages") if isinstance(row.get(key), list)), None)
+    own = begins_with_user(messages_of(row["chosen"], where, "chosen", "assistant"))
     if row.get("prompt"):
         prompt = messages_of(row["prompt"], where, "prompt", "user")
-    elif talk is not None:
+    elif talk is not None and not own:
         prompt = messages_of(row[talk], where, talk)
         while prompt and prompt[-1]["role"] == "assistant":  # one of the answers
             prompt.pop()
-    elif any(row.get(key) for key in ("instruction", "question", "input")):
+    elif any(row.get(key) for key in ("instruction", "question", "input")) and not own:
         prompt = instruction_of(row, where)
     elif "prompt" in row and isinstance(row["chosen"], str):  # refused, or a question without words
         prompt = messages_of(row["prompt"], where, "prompt", "user")
-    prompt = under_system(prompt, row, where)
     sides = []
     for key in ("chosen", "rejected"):
-        side = answered(prompt, row, key, where)
+        side = under_system(answered(prompt, row, key, where), row, where)
         if side[-1]["role"] != "assistant":
             raise UserError(
                 f"{where}: {key} ends with {side[-1]['role']}; it must end with the assistant's answer."
