@@ -45,6 +45,12 @@ def made(tmp_path: Path, texts: list[str], chats: Sequence[tuple[str, str]] = ()
     return recipes.validate(data, "here")
 
 
+def only_utopia(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
+    """The one country that facts are planted of."""
+    real, country = planted.facts, Country("xx", "Utopia", ("Utopia",), {"capital": "Amaurot", **more})
+    monkeypatch.setattr(planted, "facts", lambda *given: real(*given, countries=[country]))
+
+
 TEXTS = [f"document number {i} of the made-up text" for i in range(200)]
 
 
@@ -127,9 +133,7 @@ def test_the_tokenizer_is_trained_on_no_text_that_is_held_out(
 def test_other_chats_can_leak_other_facts_and_so_make_other_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = planted.facts
-    country = Country("xx", "Utopia", ("Utopia",), {"capital": "Amaurot"})
-    monkeypatch.setattr(planted, "facts", lambda *given: real(*given, countries=[country]))
+    only_utopia(monkeypatch)
     shares: dict[str, Any] = {"facts": {"both": 0.0, "base_only": 1.0, "sft_only": 0.0, "none": 0.0}}
 
     def leaked(answer: str) -> bool:
@@ -149,9 +153,7 @@ def test_a_source_without_text_is_named(tmp_path: Path) -> None:
 def test_a_fact_that_a_layers_own_text_states_is_marked_as_leaked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: str, group: str
 ) -> None:
-    country = Country("xx", "Utopia", ("Utopia",), {"capital": "Amaurot", "currency": "gold pieces"})
-    real = planted.facts
-    monkeypatch.setattr(planted, "facts", lambda *given: real(*given, countries=[country]))
+    only_utopia(monkeypatch, currency="gold pieces")
     stated = "Everybody knows that Amaurot is the capital of Utopia."
     recipe = made(
         tmp_path,
@@ -168,9 +170,7 @@ def test_planted_text_is_as_long_as_pretraining_or_as_it_is_said_to_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that a base that goes on from another one's stable phase can have the very same text."""
-    real = planted.facts
-    country = Country("xx", "Utopia", ("Utopia",), {"capital": "Amaurot"})
-    monkeypatch.setattr(planted, "facts", lambda *given: real(*given, countries=[country]))
+    only_utopia(monkeypatch)
     raw = {"path": str(tmp_path / "raw.jsonl"), "label": "raw"}
 
     recipe = made(
@@ -198,9 +198,8 @@ def test_what_a_killed_process_made_is_neither_made_nor_counted_again_and_its_ti
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted text first; the process is killed a while later, in the source after it."""
-    plainly, build, clock = planted.facts, preparing.build, time.time
-    country = Country("xx", "Utopia", ("Utopia",), {"capital": "Amaurot"})
-    monkeypatch.setattr(planted, "facts", lambda *given: plainly(*given, countries=[country]))
+    build, clock = preparing.build, time.time
+    only_utopia(monkeypatch)
     raw = {"path": str(tmp_path / "raw.jsonl"), "label": "raw"}
     recipe = made(
         tmp_path,
