@@ -44,6 +44,8 @@ PAIR = Pair([user("q"), assistant("good")], [user("q"), assistant("bad")])
         {"input": "q", "chosen": "good", "rejected": "bad"},
         {"instruction": "", "input": "q", "chosen": "good", "rejected": "bad"},
         {"messages": PAIR.chosen, "chosen": "good", "rejected": "bad"},
+        {"conversations": [], "instruction": "q", "chosen": "good", "rejected": "bad"},
+        {"instruction": "q", "chosen": PAIR.chosen, "rejected": "bad"},
         {"messages": PAIR.chosen, "chosen": PAIR.chosen, "rejected": PAIR.rejected},
         {"prompt": "q", "instruction": "Below: q", "chosen": "good", "rejected": "bad"},
         {
@@ -111,6 +113,7 @@ SYSTEM = {"role": "system", "content": "s"}
             "rejected": [SYSTEM, *PAIR.rejected],
         },
         {"system": "s", "input": "x", "chosen": PAIR.chosen, "rejected": PAIR.rejected},
+        {"input": "x", "chosen": [SYSTEM, *PAIR.chosen], "rejected": [SYSTEM, *PAIR.rejected]},
         {
             "system": "s",
             "messages": [user("x"), assistant("y")],
@@ -195,6 +198,7 @@ def test_turns_of_hh_texts_keep_blank_lines_inside() -> None:
     ("row", "says"),
     [
         ({"prompt": "q", "completion": "a", "label": True}, "needs chosen and rejected"),
+        ({"messages": "[]", "chosen": "a", "rejected": "b"}, "messages is a str"),
         ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected is missing or null"),
         ({"prompt": None, "chosen": "a", "rejected": "b"}, "prompt is missing or null"),
         ({"chosen": [user("q")], "rejected": [user("q")]}, "chosen ends with user"),

@@ -50,8 +50,10 @@ def to_pair(row: Mapping[str, Any], where: str) -> Pair:
     if "chosen" not in row or "rejected" not in row:
         raise UserError(f"{where}: a preference needs chosen and rejected; the row has {sorted(row)}.")
     prompt: list[Message] = []
-    talk = next((key for key in ("conversations", "messages") if isinstance(row.get(key), list)), None)
-    own = begins_with_user(messages_of(row["chosen"], where, "chosen", "assistant"))
+    talk = next((key for key in ("conversations", "messages") if row.get(key)), None)
+    own = all(
+        begins_with_user(messages_of(row[key], where, key, "assistant")) for key in ("chosen", "rejected")
+    )
     if row.get("prompt"):
         prompt = messages_of(row["prompt"], where, "prompt", "user")
     elif talk is not None and not own:
